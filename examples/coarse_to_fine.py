@@ -1,0 +1,211 @@
+"""Train with two labels, retrieve ten: what several balanced proxies per class are for.
+
+The network sees handwritten digits labelled only as even or odd. Afterwards its embeddings have to find other images of
+the same *digit*, which it was never told. A loss that pulls each class into one blob throws the digits away; one that
+spreads a class over its proxies keeps them apart.
+
+Every loss trains the same network with the same budget and its own default settings, through PML's trainer, tester and
+hooks. Written to the folder given with --out: metrics.json, table.md, embedding.png, and logs/ with the records of each
+run as CSV, SQLite and TensorBoard.
+"""
+
+import argparse
+import json
+import os
+import warnings
+from datetime import datetime
+from pathlib import Path
+
+os.environ.setdefault("TQDM_DISABLE", "1")  # PML shows a bar for every epoch and test of every run; one is enough.
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import numpy as np
+import torch
+from matplotlib import pyplot as plt
+from pytorch_metric_learning import losses, testers, trainers
+from pytorch_metric_learning.utils import logging_presets
+from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
+from sklearn.datasets import load_digits
+from sklearn.decomposition import PCA
+from sklearn.model_selection import train_test_split
+from torch import nn
+from torch.utils.data import TensorDataset
+from tqdm import tqdm
+
+from pml_multiproxy.losses import MultiProxyEntropyLoss
+
+EMBEDDING_SIZE = 64
+PROXIES_PER_CLASS = 10  # the default of MultiProxyEntropyLoss; there are five digits in each class
+METRICS = {"precision_at_1": "Precision@1", "r_precision": "R-Precision", "mean_average_precision_at_r": "MAP@R"}
+LOSSES = {
+    "SoftTripleLoss": lambda: losses.SoftTripleLoss(2, EMBEDDING_SIZE, centers_per_class=PROXIES_PER_CLASS),
+    "SubCenterArcFaceLoss": lambda: losses.SubCenterArcFaceLoss(
+        num_classes=2, embedding_size=EMBEDDING_SIZE, sub_centers=PROXIES_PER_CLASS
+    ),
+    "ProxyAnchorLoss": lambda: losses.ProxyAnchorLoss(2, EMBEDDING_SIZE),
+    "MultiProxyEntropyLoss": lambda: MultiProxyEntropyLoss(2, EMBEDDING_SIZE, collect_stats=True),
+}
+
+
+def load_data():
+    """Half of scikit-learn's digits to train with, labelled 0 (even) or 1 (odd); the other half with the digit."""
+    images, digits = load_digits(return_X_y=True)
+    images = torch.tensor(images / 16, dtype=torch.float32).view(-1, 1, 8, 8)
+    digits = torch.tensor(digits)
+    train, test = train_test_split(np.arange(len(digits)), test_size=0.5, stratify=digits, random_state=0)
+    return TensorDataset(images[train], digits[train] % 2), TensorDataset(images[test], digits[test])
+
+
+def make_models():
+    def block(channels_in, channels_out):
+        return nn.Conv2d(channels_in, channels_out, 3, padding=1), nn.BatchNorm2d(channels_out), nn.ReLU()
+
+    trunk = nn.Sequential(*block(1, 32), *block(32, 64), nn.MaxPool2d(2), *block(64, 64), nn.MaxPool2d(2), nn.Flatten())
+    return {"trunk": trunk, "embedder": nn.Linear(64 * 4, EMBEDDING_SIZE)}
+
+
+def train_and_test(loss_name, seed, epochs, log_dir, bar):
+    """One run through PML's trainer, tester and hooks; returns the metrics, the models and the loss."""
+    torch.manual_seed(seed)
+    train_set, test_set = load_data()
+    models, loss_func = make_models(), LOSSES[loss_name]()
+    record_keeper, _, _ = logging_presets.get_record_keeper(str(log_dir / "csv"), str(log_dir / "tensorboard"))
+    hooks = logging_presets.get_hook_container(record_keeper, validation_split_name="test", log_freq=1)
+    tester = testers.GlobalEmbeddingSpaceTester(
+        end_of_testing_hook=hooks.end_of_testing_hook,
+        batch_size=256,
+        dataloader_num_workers=0,
+        accuracy_calculator=AccuracyCalculator(include=tuple(METRICS), k="max_bin_count"),
+    )
+    log_epoch = hooks.end_of_epoch_hook(tester, {"test": test_set}, str(log_dir / "models"))
+
+    def end_of_epoch(trainer):
+        bar.set_description(f"{loss_name}, seed {seed}")
+        bar.update()
+        return log_epoch(trainer)
+
+    trainers.MetricLossOnly(
+        models=models,
+        optimizers={
+            "trunk_optimizer": torch.optim.AdamW(models["trunk"].parameters(), lr=1e-3),
+            "embedder_optimizer": torch.optim.AdamW(models["embedder"].parameters(), lr=1e-3),
+            # Without this one, the trainer would leave the proxies as they were drawn, and say nothing.
+            "metric_loss_optimizer": torch.optim.AdamW(loss_func.parameters(), lr=1e-2),
+        },
+        batch_size=64,
+        loss_funcs={"metric_loss": loss_func},
+        dataset=train_set,
+        dataloader_num_workers=0,
+        end_of_iteration_hook=hooks.end_of_iteration_hook,
+        end_of_epoch_hook=end_of_epoch,
+    ).train(num_epochs=epochs)
+    accuracies = tester.all_accuracies["test"]
+    return {metric: accuracies[f"{metric}_level0"] for metric in METRICS}, models, loss_func
+
+
+def pixel_metrics():
+    """The same metrics for the images as they are: what an embedding has to beat."""
+    images, digits = load_data()[1].tensors
+    pixels = nn.functional.normalize(images.flatten(1))
+    accuracies = AccuracyCalculator(include=tuple(METRICS), k="max_bin_count").get_accuracy(pixels, digits)
+    return [accuracies[metric] for metric in METRICS]
+
+
+def make_table(rows):
+    """Markdown: mean ± standard deviation over the seeds, in %."""
+    lines = ["| loss | " + " | ".join(METRICS.values()) + " |", "|---|" + "---|" * len(METRICS)]
+    for loss_name in LOSSES:
+        values = np.array([[row[metric] for metric in METRICS] for row in rows if row["loss"] == loss_name]) * 100
+        cells = [f"{mean:.1f}" for mean in values.mean(axis=0)]
+        if len(values) > 1:
+            cells = [f"{cell} ± {spread:.1f}" for cell, spread in zip(cells, values.std(axis=0, ddof=1), strict=True)]
+        lines.append(f"| {loss_name} | " + " | ".join(cells) + " |")
+    cells = [f"{value * 100:.1f}" for value in pixel_metrics()]
+    lines.append("| no training: the pixels | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def proxies_of(loss_func):
+    if isinstance(loss_func, MultiProxyEntropyLoss):
+        return loss_func.proxies.detach()
+    return loss_func.fc.detach().T.unflatten(0, (2, PROXIES_PER_CLASS))
+
+
+@torch.no_grad()
+def plot_class(ax, embeddings, digits, proxies):
+    """The test embeddings of one trained class and its proxies, in the plane of the class's first two components."""
+    embeddings, proxies = nn.functional.normalize(embeddings), nn.functional.normalize(proxies)
+    pca = PCA(2).fit(embeddings)
+    nearest = (embeddings @ proxies.T).argmax(dim=1)
+    colors = plt.get_cmap("tab10")
+    points, stars = pca.transform(embeddings), pca.transform(proxies)
+    for digit in digits.unique().tolist():
+        own = digits == digit
+        xs, ys = np.stack([points[own], stars[nearest[own]]]).transpose(2, 0, 1)
+        ax.plot(xs, ys, color=colors(digit), alpha=0.2, linewidth=0.8)
+        ax.scatter(*points[own].T, s=10, alpha=0.6, color=colors(digit), label=f"{digit}", zorder=2)
+    for position, (x, y) in enumerate(stars):
+        own = digits[nearest == position]
+        color = colors(own.mode().values.item()) if len(own) else "white"
+        ax.scatter(x, y, marker="*", s=300 if len(own) else 90, color=color, edgecolor="black", zorder=3)
+    ax.set(xticks=[], yticks=[])
+    ax.legend(title="digit", loc="best", fontsize=8, title_fontsize=8, markerscale=2)
+    ax.set_xlabel(f"{nearest.unique().numel()} of {len(proxies)} proxies are the nearest to some sample")
+
+
+@torch.no_grad()
+def make_picture(path, trained):
+    images, digits = load_data()[1].tensors
+    figure, axes = plt.subplots(2, len(trained), figsize=(6 * len(trained), 11), squeeze=False)
+    for column, (loss_name, (network, loss_func)) in zip(axes.T, trained.items(), strict=True):
+        embeddings = network(images)
+        for label, (ax, class_name) in enumerate(zip(column, ("even", "odd"), strict=True)):
+            own = digits % 2 == label
+            plot_class(ax, embeddings[own], digits[own], proxies_of(loss_func)[label])
+            ax.set_title(f"{loss_name}: class “{class_name}”")
+    figure.suptitle(
+        "Test embeddings (dots), each with a line to its nearest proxy (stars). Trained with the labels even and odd.\n"
+        "A star has the colour of the digit that most of its dots show; a small white star has no dots."
+    )
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def main():
+    warnings.filterwarnings("ignore", "Converting a tensor with requires_grad")  # PML's own progress bar does that
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default="runs/coarse_to_fine", metavar="DIR", help="default: %(default)s")
+    parser.add_argument("--epochs", type=int, default=15, metavar="N", help="default: %(default)s")
+    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="how many; default: %(default)s")
+    args = parser.parse_args()
+    if args.epochs < 1 or args.seeds < 1:
+        parser.error(f"--epochs and --seeds must be at least 1, got {args.epochs} and {args.seeds}")
+
+    logs = args.out / "logs" / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")  # an earlier call keeps its own
+    rows, pictured = [], {}
+    with tqdm(total=len(LOSSES) * args.seeds * args.epochs, unit="epoch", disable=False) as bar:
+        for seed in range(args.seeds):
+            for loss_name in LOSSES:
+                metrics, models, loss_func = train_and_test(
+                    loss_name, seed, args.epochs, logs / f"{loss_name}_seed{seed}", bar
+                )
+                rows.append({"loss": loss_name, "seed": seed, **metrics})
+                if seed == 0 and loss_name in ("MultiProxyEntropyLoss", "SoftTripleLoss"):
+                    pictured[loss_name] = nn.Sequential(*models.values()).eval(), loss_func
+
+    table = make_table(rows)
+    (args.out / "metrics.json").write_text(json.dumps(rows, indent=1) + "\n")
+    (args.out / "table.md").write_text(table)
+    make_picture(args.out / "embedding.png", dict(sorted(pictured.items())))
+    print(
+        f"\nRetrieving ten digits after training with two labels, in %, mean ± standard deviation of {args.seeds} seeds\n"
+    )
+    print(table)
+    print(f"Written: {args.out}/metrics.json, table.md, embedding.png; records of each run below {logs}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,94 @@
+"""Checks of arguments: each names the argument, what came and what is allowed."""
+
+import math
+from collections.abc import Iterable
+from numbers import Integral, Real
+
+import torch
+from torch import Tensor
+
+
+def positive_int(name: str, value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name} must be an int of at least 1, got {value!r} of type {type(value).__name__}")
+    if value < 1:
+        raise ValueError(f"{name} must be an int of at least 1, got {value!r}")
+    return int(value)
+
+
+def real(name: str, value: object, allowed: str, low: float = -math.inf, high: float = math.inf) -> float:
+    """A finite number within ``[low, high]``; ``allowed`` says so in words."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be {allowed}, got {value!r} of type {type(value).__name__}")
+    number = float(value)
+    if not (math.isfinite(number) and low <= number <= high):
+        raise ValueError(f"{name} must be {allowed}, got {value!r}")
+    return number
+
+
+def positive(name: str, value: object) -> float:
+    return real(name, value, "a finite number above 0", low=math.ulp(0.0))
+
+
+def not_negative(name: str, value: object) -> float:
+    return real(name, value, "a finite number of at least 0", low=0.0)
+
+
+def one_of(name: str, value: object, allowed: Iterable[str]) -> str:
+    names = list(allowed)
+    if not isinstance(value, str) or value not in names:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, names))}, got {value!r}")
+    return value
+
+
+def embeddings(value: object, proxies: Tensor) -> None:
+    size = proxies.shape[-1]
+    if not isinstance(value, Tensor):
+        raise TypeError(f"embeddings must be a torch.Tensor of shape (batch_size, {size}), got {type(value).__name__}")
+    if not value.is_floating_point():
+        raise TypeError(f"embeddings must be of a floating-point dtype, got {value.dtype}")
+    if value.ndim != 2 or value.shape[1] != size:
+        raise ValueError(f"embeddings must be of shape (batch_size, {size}), got {tuple(value.shape)}")
+    if value.device != proxies.device:
+        raise ValueError(
+            f"embeddings must be on the device of the proxies, {proxies.device}, got {value.device}: "
+            "move the loss there with loss_func.to(device)"
+        )
+
+
+def labels(value: object, batch_size: int, num_classes: int) -> Tensor:
+    """The labels as ``torch.long``: an index of dtype ``uint8`` would be taken for a mask."""
+    if value is None:
+        raise ValueError(f"labels must be given, a tensor of shape ({batch_size},), got None")
+    if not isinstance(value, Tensor):
+        raise TypeError(f"labels must be a torch.Tensor of shape ({batch_size},), got {type(value).__name__}")
+    if value.dtype == torch.bool or value.is_floating_point() or value.is_complex():
+        raise TypeError(f"labels must be of an integer dtype, got {value.dtype}")
+    if tuple(value.shape) != (batch_size,):
+        raise ValueError(f"labels must be of shape ({batch_size},), one for each embedding, got {tuple(value.shape)}")
+    value = value.long()
+    _in_range("labels", value, num_classes, "num_classes")
+    return value
+
+
+def indices_tuple(value: object, batch_size: int) -> None:
+    if value is None:
+        return
+    if not isinstance(value, (tuple, list)) or not all(isinstance(indices, Tensor) for indices in value):
+        kinds = [type(item).__name__ for item in value] if isinstance(value, (tuple, list)) else type(value).__name__
+        raise TypeError(f"indices_tuple must be None or a tuple of 3 or 4 tensors, as PML's miners return, got {kinds}")
+    if len(value) not in (3, 4):
+        raise ValueError(f"indices_tuple must hold 3 tensors (triplets) or 4 (pairs), got {len(value)}")
+    for position, indices in enumerate(value):
+        _in_range(f"indices_tuple[{position}]", indices, batch_size, "the batch size")
+
+
+def _in_range(name: str, indices: Tensor, size: int, size_name: str) -> None:
+    # Looking at values on a GPU would make it wait, and would break a compiled graph.
+    if torch.compiler.is_compiling() or indices.device.type != "cpu" or indices.numel() == 0:
+        return
+    lowest, highest = indices.aminmax()
+    if lowest < 0 or highest >= size:
+        raise ValueError(
+            f"{name} must lie in [0, {size - 1}] ({size_name} is {size}), got values from {lowest} to {highest}"
+        )

@@ -1,0 +1,308 @@
+r"""The equations of the multi-proxy entropy loss, as pure functions on tensors.
+
+Nothing here knows of PyTorch Metric Learning. The symbols are those of the README's table of equations:
+
+=====================  ===============================================================================
+:math:`B, D`           batch size, embedding size
+:math:`C, K`           number of classes, proxies per class
+:math:`x_i, y_i`       embedding and label of sample :math:`i`
+:math:`w_{ck}`         proxy :math:`k` of class :math:`c`
+:math:`s(x, w)`        similarity: larger is nearer; the negated value of a distance
+:math:`\sigma, \tau`   ``scale`` of the logits, ``temperature`` of the assignment to proxies
+=====================  ===============================================================================
+
+Entropies are in nats. The functions compute in the dtype that they are given; :func:`compute_dtype` says which one the
+loss gives them.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+MIN_USAGE = 1e-6
+"""The usage of a proxy is taken to be at least this much, so that its logarithm stays finite."""
+
+
+def compute_dtype(*tensors: Tensor) -> torch.dtype:
+    """The widest dtype among the tensors, and at least ``float32``.
+
+    >>> compute_dtype(torch.ones(2, dtype=torch.bfloat16), torch.ones(2, dtype=torch.float16))
+    torch.float32
+    >>> compute_dtype(torch.ones(2, dtype=torch.float16), torch.ones(2, dtype=torch.float64))
+    torch.float64
+    """
+    dtype = torch.float32
+    for tensor in tensors:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    return dtype
+
+
+def normalize(vectors: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    r"""Scales each row to unit :math:`L_2` norm, with finite values and gradients for every finite input.
+
+    .. math:: \hat x = x \,/\, \max(\lVert x \rVert_2, \epsilon)
+
+    :math:`\epsilon` is that of :func:`torch.nn.functional.normalize`, ``1e-12``, except for ``float16``, which can hold
+    neither it nor the gradient of a row that short: there it is ``2**-10``, about where the components of a row become
+    subnormal.
+
+    Args:
+        vectors: ``(N, D)``, floating point.
+        dtype: to compute in; default: :func:`compute_dtype` of the vectors.
+
+    Returns:
+        ``(N, D)``, of that dtype.
+
+    >>> normalize(torch.tensor([[3.0, 4.0], [0.0, 0.0], [3e30, 4e30]]))
+    tensor([[0.6000, 0.8000],
+            [0.0000, 0.0000],
+            [0.6000, 0.8000]])
+    """
+    eps = 2.0**-10 if vectors.dtype == torch.float16 else 1e-12
+    vectors = vectors.to(dtype or compute_dtype(vectors))
+    # The squares of a long row would overflow. Dividing it first changes neither the result nor, as the direction does
+    # not depend on the length, the gradient: so the divisor needs none.
+    longest = vectors.detach().abs().amax(dim=1, keepdim=True).clamp_min(1)
+    return F.normalize(vectors / longest, dim=1, eps=eps)
+
+
+def assignment(own_similarities: Tensor, temperature: float) -> Tensor:
+    r"""How a sample is distributed over the proxies of its own class.
+
+    .. math:: q_i(k) = \operatorname{softmax}_k\!\big(s(x_i, w_{y_i,k}) / \tau\big)
+
+    Args:
+        own_similarities: ``(B, K)``, the similarities to the proxies of each sample's class.
+        temperature: :math:`\tau`, in units of the similarity.
+
+    Returns:
+        ``(B, K)``, rows sum to 1.
+
+    >>> assignment(torch.tensor([[0.5, 0.5]]), temperature=0.1)
+    tensor([[0.5000, 0.5000]])
+    """
+    return F.softmax(own_similarities / temperature, dim=-1)
+
+
+def pool_max(similarities: Tensor, scale: float, temperature: float) -> Tensor:
+    r"""Class similarity by the nearest proxy: :math:`z_i(c) = \max_k s(x_i, w_{ck})`.
+
+    Args:
+        similarities: ``(B, C, K)``.
+        scale: not used; there so that the poolings are exchangeable.
+        temperature: not used.
+
+    Returns:
+        ``(B, C)``.
+
+    >>> pool_max(torch.tensor([[[0.1, 0.7], [0.2, 0.3]]]), scale=10.0, temperature=0.1)
+    tensor([[0.7000, 0.3000]])
+    """
+    return similarities.max(dim=-1).values
+
+
+def pool_softmax(similarities: Tensor, scale: float, temperature: float) -> Tensor:
+    r"""Class similarity by the softmax-weighted mean of its proxies, as in SoftTriple.
+
+    .. math:: z_i(c) = \sum_k \operatorname{softmax}_k\!\big(s(x_i, w_{ck}) / \tau\big)\, s(x_i, w_{ck})
+
+    Args:
+        similarities: ``(B, C, K)``.
+        scale: not used; there so that the poolings are exchangeable.
+        temperature: :math:`\tau`, in units of the similarity.
+
+    Returns:
+        ``(B, C)``.
+
+    >>> pool_softmax(torch.tensor([[[0.4, 0.4], [0.0, 1.0]]]), scale=10.0, temperature=0.1)
+    tensor([[0.4000, 1.0000]])
+    """
+    return (F.softmax(similarities / temperature, dim=-1) * similarities).sum(dim=-1)
+
+
+def pool_logsumexp(similarities: Tensor, scale: float, temperature: float) -> Tensor:
+    r"""Class similarity by a soft maximum: with it, the class distribution is the softmax over *all* proxies, summed by
+    class.
+
+    .. math:: z_i(c) = \tfrac{1}{\sigma} \log \sum_k \exp\!\big(\sigma\, s(x_i, w_{ck})\big)
+
+    Args:
+        similarities: ``(B, C, K)``.
+        scale: :math:`\sigma`, in units of 1 / similarity.
+        temperature: not used; there so that the poolings are exchangeable.
+
+    Returns:
+        ``(B, C)``.
+
+    >>> pool_logsumexp(torch.zeros(1, 1, 2), scale=1.0, temperature=0.1)  # log 2
+    tensor([[0.6931]])
+    """
+    return torch.logsumexp(scale * similarities, dim=-1) / scale
+
+
+POOLINGS: dict[str, Callable[[Tensor, float, float], Tensor]] = {
+    "max": pool_max,
+    "softmax": pool_softmax,
+    "logsumexp": pool_logsumexp,
+}
+"""The poolings by name: each takes ``(similarities, scale, temperature)``."""
+
+
+def class_distribution(class_similarities: Tensor, scale: float) -> Tensor:
+    r"""How likely each class is for a sample, without the margin.
+
+    .. math:: p_i = \operatorname{softmax}_c\!\big(\sigma\, z_i(c)\big)
+
+    Args:
+        class_similarities: ``(B, C)``.
+        scale: :math:`\sigma`, in units of 1 / similarity.
+
+    Returns:
+        ``(B, C)``, rows sum to 1.
+
+    >>> class_distribution(torch.tensor([[0.3, 0.3]]), scale=10.0)
+    tensor([[0.5000, 0.5000]])
+    """
+    return F.softmax(scale * class_similarities, dim=-1)
+
+
+def classification_loss(class_similarities: Tensor, labels: Tensor, scale: float, margin: float) -> Tensor:
+    r"""Cross-entropy of the true class, which has to win by a margin.
+
+    .. math:: \mathrm{CE}_i = -\log \operatorname{softmax}_c\!\big(\sigma\,(z_i(c) - m\,1[c = y_i])\big)_{y_i}
+
+    Args:
+        class_similarities: ``(B, C)``.
+        labels: ``(B,)``, long, in ``[0, C)``.
+        scale: :math:`\sigma`, in units of 1 / similarity.
+        margin: :math:`m`, in units of the similarity.
+
+    Returns:
+        ``(B,)``, in nats.
+
+    >>> classification_loss(torch.zeros(1, 2), torch.tensor([0]), scale=10.0, margin=0.0)  # log 2
+    tensor([0.6931])
+    """
+    own = labels.unsqueeze(1)
+    with_margin = class_similarities.scatter_add(1, own, torch.full_like(own, -margin, dtype=class_similarities.dtype))
+    return F.cross_entropy(scale * with_margin, labels, reduction="none")
+
+
+def entropy(logits: Tensor) -> Tensor:
+    r"""Entropy of the softmax of each row.
+
+    .. math:: H = -\sum_j p_j \log p_j, \qquad p = \operatorname{softmax}(\text{logits})
+
+    Args:
+        logits: ``(B, N)``.
+
+    Returns:
+        ``(B,)``, in nats, from 0 to :math:`\log N`.
+
+    >>> entropy(torch.tensor([[0.0, 0.0], [0.0, -1000.0]]))  # log 2, and nothing left to tell
+    tensor([0.6931, 0.0000])
+    """
+    log_probabilities = F.log_softmax(logits, dim=-1)
+    return (log_probabilities.exp() * -log_probabilities).sum(dim=-1)
+
+
+def inter_class_entropy(class_similarities: Tensor, scale: float) -> Tensor:
+    r"""Entropy of the class distribution. Maximised, it keeps that distribution smooth.
+
+    .. math:: H_\mathrm{inter}(i) = -\sum_c p_i(c) \log p_i(c)
+
+    Args:
+        class_similarities: ``(B, C)``.
+        scale: :math:`\sigma`, in units of 1 / similarity.
+
+    Returns:
+        ``(B,)``, in nats, from 0 to :math:`\log C`.
+
+    >>> inter_class_entropy(torch.zeros(1, 2), scale=10.0)  # log 2
+    tensor([0.6931])
+    """
+    return entropy(scale * class_similarities)
+
+
+def intra_class_entropy(own_similarities: Tensor, temperature: float) -> Tensor:
+    r"""Entropy of the assignment. Minimised, every sample commits to a proxy.
+
+    .. math:: H_\mathrm{intra}(i) = -\sum_k q_i(k) \log q_i(k)
+
+    Args:
+        own_similarities: ``(B, K)``, the similarities to the proxies of each sample's class.
+        temperature: :math:`\tau`, in units of the similarity.
+
+    Returns:
+        ``(B,)``, in nats, from 0 to :math:`\log K`.
+
+    >>> intra_class_entropy(torch.tensor([[0.5, 0.5]]), temperature=0.05)  # log 2
+    tensor([0.6931])
+    """
+    return entropy(own_similarities / temperature)
+
+
+def updated_usage(usage: Tensor, assignments: Tensor, labels: Tensor, momentum: float) -> Tensor:
+    r"""The running mean of the assignment, moved on by one batch, for the class of each sample.
+
+    .. math:: u_c \leftarrow m^n u_c + (1 - m^n)\,\bar q_c
+
+    :math:`\bar q_c` is the mean of :math:`q_i` over the :math:`n` samples of class :math:`c` in the batch: one sample
+    moves the usage by :math:`1 - m`, whatever the size of the batch. Rows of ``assignments`` that are not finite do not
+    count; a class that no row counts for keeps its usage.
+
+    Args:
+        usage: ``(C, K)``, rows sum to 1.
+        assignments: ``(B, K)``, rows sum to 1.
+        labels: ``(B,)``, long, in ``[0, C)``.
+        momentum: :math:`m`, per sample, from 0 to 1.
+
+    Returns:
+        ``(B, K)``: row :math:`i` is the new :math:`u_{y_i}`. Rows of one class are the same to the last bit. Carries no
+        gradient.
+
+    >>> usage = torch.tensor([[0.5, 0.5], [0.5, 0.5]])
+    >>> updated_usage(usage, torch.tensor([[1.0, 0.0], [1.0, 0.0]]), torch.tensor([1, 1]), momentum=0.5)
+    tensor([[0.8750, 0.1250],
+            [0.8750, 0.1250]])
+    """
+    if len(labels) == 0:
+        return usage[labels]
+    assignments = assignments.detach()
+    finite = assignments.isfinite().all(dim=1)
+    # Matching labels with each other, rather than torch.unique, keeps a GPU from waiting for the host.
+    same_class = labels.unsqueeze(1) == labels.unsqueeze(0)
+    counted = (same_class & finite).to(assignments.dtype)
+    count = counted.sum(dim=1, keepdim=True)
+    with torch.autocast(labels.device.type, enabled=False):
+        total = counted @ assignments.masked_fill(~finite.unsqueeze(1), 0)
+    mean = total / count.clamp_min(1)
+    kept = momentum**count
+    rows = kept * usage[labels].to(assignments.dtype) + (1 - kept) * mean
+    # A matrix product may round equal rows differently. One of them has to speak for its class.
+    first_of_class = same_class.to(torch.uint8).argmax(dim=1)
+    return rows[first_of_class]
+
+
+def balance(assignments: Tensor, own_usage: Tensor) -> Tensor:
+    r"""Cross-entropy, negated, of the usage under the assignment. Minimised, it moves samples to proxies that are used
+    little.
+
+    .. math:: \sum_k q_i(k) \log \max\!\big(u_{y_i}(k),\, 10^{-6}\big)
+
+    With :math:`u` held fixed, the gradient of its mean over a class is that of maximising the entropy of the usage.
+
+    Args:
+        assignments: ``(B, K)``, rows sum to 1.
+        own_usage: ``(B, K)``, the usage of each sample's class, rows sum to 1. Gets no gradient.
+
+    Returns:
+        ``(B,)``, in nats. At least :math:`-\log K` on average over the samples that ``own_usage`` is the mean of; a
+        single sample may lie below.
+
+    >>> balance(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.5, 0.5]]))  # -log 2
+    tensor([-0.6931])
+    """
+    return (assignments * own_usage.detach().clamp_min(MIN_USAGE).log()).sum(dim=-1)

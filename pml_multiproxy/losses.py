@@ -1,0 +1,327 @@
+"""The loss, as PyTorch Metric Learning knows losses."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from pytorch_metric_learning.distances import CosineSimilarity
+from pytorch_metric_learning.losses.base_metric_loss_function import BaseMetricLossFunction
+from pytorch_metric_learning.losses.mixins import WeightRegularizerMixin
+from pytorch_metric_learning.utils import common_functions as c_f
+from pytorch_metric_learning.utils import loss_and_miner_utils as lmu
+from torch import Tensor
+
+from . import _validation as check
+from . import functional
+
+__all__ = ["MultiProxyEntropyLoss"]
+
+IN_USE = 0.1
+"""A proxy counts as in use from this part of an even share of its class."""
+
+
+def unit_normal_(weights: Tensor) -> None:
+    """Fills ``(N, D)`` with random directions of unit length."""
+    with torch.no_grad():
+        weights.copy_(functional.normalize(torch.nn.init.normal_(weights)))
+
+
+class MultiProxyEntropyLoss(WeightRegularizerMixin, BaseMetricLossFunction):  # type: ignore[misc]
+    r"""Classification by several proxies per class, with entropies that keep those proxies apart and in use.
+
+    With the symbols of :mod:`pml_multiproxy.functional`, the loss of sample :math:`i` is
+
+    .. math::
+
+        \ell_i = \mathrm{CE}_i
+        &+ \lambda_\mathrm{intra}\, H_\mathrm{intra}(i)
+        + \lambda_\mathrm{inter}\, \big(\log C - H_\mathrm{inter}(i)\big) \\
+        &+ \lambda_\mathrm{balance}\, \Big(\log K + \sum_k q_i(k) \log u_{y_i}(k)\Big)
+
+    - :math:`\mathrm{CE}_i`: cross-entropy of the true class, over class similarities pooled from the proxies
+      (:func:`~pml_multiproxy.functional.classification_loss`);
+    - :math:`H_\mathrm{intra}`: entropy of the assignment :math:`q_i` of a sample to the proxies of its class,
+      minimised: every sample commits to a proxy;
+    - :math:`H_\mathrm{inter}`: entropy of the class distribution, maximised: it stays smooth;
+    - the last term spreads the samples of a class over its proxies, against their usage :math:`u`, a running mean of
+      the assignment. With :math:`\lambda_\mathrm{intra} = \lambda_\mathrm{balance}`, the within-class terms maximise
+      the mutual information between sample and proxy inside each class.
+
+    The two logarithms in it change no gradient. They make the mean of each term at least 0 over the samples that the
+    usage is the mean of, so that reducers which drop losses of 0 and below, as ``AvgNonZeroReducer``, drop few. The
+    loss of a single sample may still be negative.
+
+    In ``train()`` mode with gradients enabled, each call first updates the usage with the batch, then uses it. In
+    ``eval()`` mode or without gradients it only uses it.
+
+    Sources. Intra- and inter-class entropy: Yu, Zhang, Li, Zhang, *Multi-Proxy Learning from an Entropy Optimization
+    Perspective*, IJCAI 2022, pp. 1594-1600, doi:10.24963/ijcai.2022/222. Only its abstract and the caption of its
+    Figure 1 were available to us: the equations are our reading of them, not a copy, and ``balance_weight=0`` is our
+    reading of the paper's objective. Balance: mutual-information maximisation as known from discriminative clustering,
+    applied within classes: RIM (Krause, Perona, Gomes, *Discriminative Clustering by Regularized Information
+    Maximization*, NIPS 2010) and IMSAT (Hu et al., *Learning Discrete Representations via Information Maximizing
+    Self-Augmented Training*, ICML 2017).
+
+    Args:
+        num_classes: :math:`C`, at least 1.
+        embedding_size: :math:`D`, at least 1.
+        proxies_per_class: :math:`K`, at least 1.
+        scale: :math:`\sigma` > 0, the factor on the class similarities, in units of 1 / similarity.
+        margin: :math:`m`, by which the true class has to win, in units of the similarity.
+        pooling: how the similarities to the proxies of a class become that to the class: ``"max"``, ``"softmax"``,
+            ``"logsumexp"``, see :data:`~pml_multiproxy.functional.POOLINGS`.
+        temperature: :math:`\tau` > 0 of the assignment and of ``pooling="softmax"``, in units of the similarity.
+        intra_weight: :math:`\lambda_\mathrm{intra}` >= 0.
+        inter_weight: :math:`\lambda_\mathrm{inter}` >= 0.
+        balance_weight: :math:`\lambda_\mathrm{balance}` >= 0.
+        usage_momentum: how much of the usage one sample of a class leaves as it was, from 0 to 1.
+        **kwargs: PML's: ``distance`` (default: ``CosineSimilarity``), ``reducer`` (default: ``MeanReducer``),
+            ``weight_regularizer``, ``weight_reg_weight``, ``weight_init_func`` (called on the proxies as
+            ``(C * K, D)``; default: random directions of unit length), ``embedding_regularizer``,
+            ``embedding_reg_weight``, ``collect_stats``.
+
+    Attributes:
+        proxies: parameter ``(C, K, D)``. It needs an optimizer of its own or a place in the network's.
+        proxy_usage: buffer ``(C, K)``, :math:`u`, rows sum to 1; stays ``float32``.
+        classification_loss, intra_class_entropy, inter_class_entropy, balance: with ``collect_stats=True``, the mean of
+            :math:`\mathrm{CE}`, :math:`H_\mathrm{intra}`, :math:`H_\mathrm{inter}` and
+            :math:`\log K + \sum_k q \log u` over the last batch, in nats.
+        proxies_in_use: with ``collect_stats=True``, the share of all proxies that have at least a tenth of an even
+            share of their class.
+
+    Calling it: ``loss_func(embeddings, labels, indices_tuple=None)`` with embeddings ``(B, D)``, labels ``(B,)`` of an
+    integer dtype in ``[0, C)``, and optionally the tuple of a miner, which weights samples as in PML's other
+    classification losses: a sample that was not mined has weight 0, but stays in the mean; a tuple of empty tensors
+    counts as none. The loss is in :func:`~pml_multiproxy.functional.compute_dtype` of embeddings and proxies.
+
+    Raises:
+        TypeError, ValueError: for an argument of the wrong kind, shape, dtype, device or range. Labels and indices that
+            lie on a GPU are not checked for their range, which would make it wait.
+
+    Example:
+        >>> import torch
+        >>> from pml_multiproxy import losses
+        >>> loss_func = losses.MultiProxyEntropyLoss(num_classes=2, embedding_size=8, proxies_per_class=3)
+        >>> optimizer = torch.optim.AdamW(loss_func.parameters(), lr=1e-2)
+        >>> embeddings, labels = torch.randn(6, 8), torch.tensor([0, 0, 0, 1, 1, 1])
+        >>> loss_func(embeddings, labels).backward()
+        >>> optimizer.step()
+        >>> loss_func.get_logits(embeddings).shape
+        torch.Size([6, 2])
+    """
+
+    proxies: torch.nn.Parameter
+    proxy_usage: Tensor
+
+    def __init__(
+        self,
+        num_classes: int,
+        embedding_size: int,
+        proxies_per_class: int = 10,
+        *,
+        scale: float = 10.0,
+        margin: float = 0.0,
+        pooling: str = "max",
+        temperature: float = 0.05,
+        intra_weight: float = 0.5,
+        inter_weight: float = 0.1,
+        balance_weight: float = 0.5,
+        usage_momentum: float = 0.9,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.num_classes = check.positive_int("num_classes", num_classes)
+        self.embedding_size = check.positive_int("embedding_size", embedding_size)
+        self.proxies_per_class = check.positive_int("proxies_per_class", proxies_per_class)
+        self.scale = check.positive("scale", scale)
+        self.margin = check.real("margin", margin, "a finite number")
+        self.pooling = check.one_of("pooling", pooling, functional.POOLINGS)
+        self.temperature = check.positive("temperature", temperature)
+        self.intra_weight = check.not_negative("intra_weight", intra_weight)
+        self.inter_weight = check.not_negative("inter_weight", inter_weight)
+        self.balance_weight = check.not_negative("balance_weight", balance_weight)
+        self.usage_momentum = check.real("usage_momentum", usage_momentum, "a number from 0 to 1", low=0.0, high=1.0)
+
+        shape = (self.num_classes, self.proxies_per_class)
+        weights = torch.empty(math.prod(shape), self.embedding_size)
+        self.weight_init_func(weights)
+        self.proxies = torch.nn.Parameter(weights.view(*shape, self.embedding_size))
+        self.register_buffer("proxy_usage", torch.full(shape, 1 / self.proxies_per_class, dtype=torch.float32))
+
+        self.add_to_recordable_attributes(
+            list_of_names=[
+                "num_classes",
+                "embedding_size",
+                "proxies_per_class",
+                "scale",
+                "margin",
+                "pooling",
+                "temperature",
+                "intra_weight",
+                "inter_weight",
+                "balance_weight",
+                "usage_momentum",
+            ],
+            is_stat=False,
+        )
+        self.add_to_recordable_attributes(
+            list_of_names=[
+                "classification_loss",
+                "intra_class_entropy",
+                "inter_class_entropy",
+                "balance",
+                "proxies_in_use",
+            ],
+            is_stat=True,
+        )
+
+    def forward(
+        self,
+        embeddings: Tensor,
+        labels: Tensor | None = None,
+        indices_tuple: tuple[Tensor, ...] | None = None,
+        ref_emb: None = None,
+        ref_labels: None = None,
+    ) -> Tensor:
+        """The reduced loss, as described in the class docstring; ``ref_emb`` and ``ref_labels`` must stay ``None``."""
+        for name, reference in (("ref_emb", ref_emb), ("ref_labels", ref_labels)):
+            if reference is not None:
+                raise ValueError(f"{name} must be None, got {type(reference).__name__}: proxies take its place")
+        check.embeddings(embeddings, self.proxies)
+        labels = check.labels(labels, len(embeddings), self.num_classes)
+        check.indices_tuple(indices_tuple, len(embeddings))
+        loss: Tensor = super().forward(embeddings, labels, indices_tuple)
+        return loss
+
+    def compute_loss(
+        self, embeddings: Tensor, labels: Tensor, indices_tuple: tuple[Tensor, ...] | None, *_: Any
+    ) -> dict[str, dict[str, Any]]:
+        """PML's hook: one loss per sample, and the weight regularization."""
+        losses = self._losses(embeddings, labels)
+        loss_dict = {
+            "loss": {
+                "losses": losses * lmu.convert_to_weights(indices_tuple, labels, dtype=losses.dtype),
+                "indices": c_f.torch_arange_from_size(embeddings),
+                "reduction_type": "element",
+            }
+        }
+        self.add_weight_regularization_to_loss_dict(loss_dict, self.proxies.flatten(0, 1))
+        return loss_dict
+
+    def get_logits(self, embeddings: Tensor) -> Tensor:
+        r"""The logits of the classes, :math:`\sigma z_i(c)`: scale included, margin not. Never updates the usage.
+
+        Args:
+            embeddings: ``(B, D)``.
+
+        Returns:
+            ``(B, C)``.
+
+        >>> loss_func = MultiProxyEntropyLoss(num_classes=4, embedding_size=8)
+        >>> loss_func.get_logits(torch.randn(5, 8)).shape
+        torch.Size([5, 4])
+        """
+        check.embeddings(embeddings, self.proxies)
+        return self.scale * self._pool(self._similarities(embeddings))
+
+    @torch.no_grad()
+    def assign(self, embeddings: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The nearest proxy of each embedding. Never updates the usage.
+
+        Args:
+            embeddings: ``(B, D)``.
+            labels: ``(B,)``, integers in ``[0, C)``: look only among the proxies of these classes. ``None``: among all.
+
+        Returns:
+            The classes and, within them, the proxies: each ``(B,)``, long.
+
+        >>> loss_func = MultiProxyEntropyLoss(num_classes=4, embedding_size=8, proxies_per_class=3)
+        >>> classes, proxies = loss_func.assign(loss_func.proxies[2])
+        >>> classes, proxies
+        (tensor([2, 2, 2]), tensor([0, 1, 2]))
+        """
+        check.embeddings(embeddings, self.proxies)
+        similarities = self._similarities(embeddings)
+        if labels is not None:
+            classes = check.labels(labels, len(embeddings), self.num_classes).to(embeddings.device)
+            return classes, _of_own_class(similarities, classes).argmax(dim=1)
+        nearest = similarities.flatten(1).argmax(dim=1)
+        return nearest // self.proxies_per_class, nearest % self.proxies_per_class
+
+    def get_default_distance(self) -> CosineSimilarity:
+        return CosineSimilarity()
+
+    def get_default_weight_init_func(self) -> Callable[[Tensor], None]:
+        return unit_normal_
+
+    def _losses(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+        similarities = self._similarities(embeddings)
+        own = _of_own_class(similarities, labels)
+        assignments = functional.assignment(own, self.temperature)
+        if self.training and torch.is_grad_enabled():
+            rows = functional.updated_usage(self.proxy_usage, assignments, labels, self.usage_momentum)
+            self.proxy_usage[labels] = rows.to(self.proxy_usage.dtype)
+        own_usage = self.proxy_usage[labels].to(own.dtype)
+
+        classes = self._pool(similarities)
+        classification = functional.classification_loss(classes, labels, self.scale, self.margin)
+        intra = functional.intra_class_entropy(own, self.temperature)
+        inter = functional.inter_class_entropy(classes, self.scale)
+        balance = math.log(self.proxies_per_class) + functional.balance(assignments, own_usage)
+        if self.collect_stats:
+            self._record(classification, intra, inter, balance)
+        return (
+            classification
+            + self.intra_weight * intra
+            + self.inter_weight * (math.log(self.num_classes) - inter)
+            + self.balance_weight * balance
+        )
+
+    def _similarities(self, embeddings: Tensor) -> Tensor:
+        """``(B, C, K)``, in at least float32, also where autocast has the products in less."""
+        proxies = self.proxies.flatten(0, 1)
+        dtype = functional.compute_dtype(embeddings, proxies)
+        if _is_plain_cosine(self.distance):
+            queries, references = functional.normalize(embeddings, dtype), functional.normalize(proxies, dtype)
+            self.distance.set_default_stats(embeddings, proxies, queries, references)
+            similarities = queries @ references.T
+        else:
+            similarities = self.distance(embeddings.to(dtype), proxies.to(dtype))
+            if not self.distance.is_inverted:
+                similarities = -similarities
+        return similarities.to(dtype).view(-1, self.num_classes, self.proxies_per_class)
+
+    def _pool(self, similarities: Tensor) -> Tensor:
+        return functional.POOLINGS[self.pooling](similarities, self.scale, self.temperature)
+
+    @torch.no_grad()
+    def _record(self, *terms: Tensor) -> None:
+        in_use = (self.proxy_usage >= IN_USE / self.proxies_per_class).to(terms[0].dtype)
+        # One transfer from the device for all of them.
+        means = torch.stack([values.mean() for values in (*terms, in_use)]).tolist()
+        (
+            self.classification_loss,
+            self.intra_class_entropy,
+            self.inter_class_entropy,
+            self.balance,
+            self.proxies_in_use,
+        ) = means
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "MultiProxyEntropyLoss":
+        """Keeps the usage in float32 through ``half()`` and the like: its momentum would be lost in rounding."""
+        usage = self.proxy_usage
+        super()._apply(fn, recurse)
+        if self.proxy_usage.dtype != usage.dtype:
+            self.proxy_usage = usage.to(self.proxy_usage.device)
+        return self
+
+
+def _is_plain_cosine(distance: Any) -> bool:
+    # Not isinstance: a subclass may compute something else.
+    return type(distance) is CosineSimilarity and bool(distance.p == 2 and distance.power == 1)
+
+
+def _of_own_class(similarities: Tensor, labels: Tensor) -> Tensor:
+    """``(B, K)`` out of ``(B, C, K)``."""
+    return similarities[torch.arange(len(labels), device=labels.device), labels]

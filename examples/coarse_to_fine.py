@@ -200,9 +200,7 @@ def main():
     (args.out / "metrics.json").write_text(json.dumps(rows, indent=1) + "\n")
     (args.out / "table.md").write_text(table)
     make_picture(args.out / "embedding.png", dict(sorted(pictured.items())))
-    print(
-        f"\nRetrieving ten digits after training with two labels, in %, mean ± standard deviation of {args.seeds} seeds\n"
-    )
+    print("\nRetrieving ten digits after training with two labels: in %, mean ± standard deviation over the seeds\n")
     print(table)
     print(f"Written: {args.out}/metrics.json, table.md, embedding.png; records of each run below {logs}")
 

@@ -290,7 +290,7 @@ class MultiProxyEntropyLoss(WeightRegularizerMixin, BaseMetricLossFunction):  # 
             similarities = self.distance(embeddings.to(dtype), proxies.to(dtype))
             if not self.distance.is_inverted:
                 similarities = -similarities
-        return similarities.to(dtype).view(-1, self.num_classes, self.proxies_per_class)
+        return similarities.to(dtype).view(len(embeddings), self.num_classes, self.proxies_per_class)
 
     def _pool(self, similarities: Tensor) -> Tensor:
         return functional.POOLINGS[self.pooling](similarities, self.scale, self.temperature)

@@ -1,0 +1,30 @@
+from importlib import metadata
+
+import pytest
+import pytorch_metric_learning
+import torch
+
+from pml_multiproxy import MultiProxyEntropyLoss
+
+
+def pytest_report_header():
+    return (
+        f"pytorch-metric-learning {pytorch_metric_learning.__version__}, torch {torch.__version__}, "
+        f"numpy {metadata.version('numpy')}"
+    )
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def batch():
+    """Embeddings (12, 8) that want a gradient, and labels of three classes."""
+    return torch.randn(12, 8, requires_grad=True), torch.arange(12) % 3
+
+
+@pytest.fixture
+def loss_func():
+    return MultiProxyEntropyLoss(num_classes=3, embedding_size=8, proxies_per_class=4)

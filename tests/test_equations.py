@@ -1,0 +1,191 @@
+"""Values and gradients of the loss against the naive reference, over everything that it can be combined with."""
+
+import pytest
+import reference
+import torch
+from pytorch_metric_learning import distances
+from torch.func import functional_call
+
+from pml_multiproxy import MultiProxyEntropyLoss, functional
+
+SETTINGS = {"scale": 3.0, "temperature": 0.3, "margin": 0.1}
+WEIGHTS = {"intra": 0.7, "inter": 0.4, "balance": 0.6}
+
+DISTANCES = {
+    "cosine": (distances.CosineSimilarity, {}, reference.cosine),
+    "cosine squared": (distances.CosineSimilarity, {"power": 2}, lambda x, w: reference.cosine(x, w) ** 2),
+    "dot product": (distances.DotProductSimilarity, {"normalize_embeddings": False}, reference.dot),
+    "Lp, p=2": (distances.LpDistance, {}, reference.minus_lp(2)),
+    "Lp, p=1, power=2": (distances.LpDistance, {"p": 1, "power": 2}, reference.minus_lp(1, power=2)),
+    "Lp, p=3, not normalized": (
+        distances.LpDistance,
+        {"p": 3, "normalize_embeddings": False},
+        reference.minus_lp(3, normalized=False),
+    ),
+    "SNR": (distances.SNRDistance, {}, reference.minus_snr),
+}
+SHAPES = [(3, 4, 5), (4, 1, 3), (1, 3, 2), (2, 2, 1)]  # classes, proxies per class, batch
+TUPLES = {
+    "no miner": lambda batch: None,
+    "triplets": lambda batch: (torch.tensor([0, 0]), torch.tensor([batch - 1, 0]), torch.tensor([0, batch // 2])),
+    "pairs": lambda batch: (torch.tensor([batch - 1]), torch.tensor([0]), torch.tensor([0, 0]), torch.tensor([0, 0])),
+    "nothing mined": lambda batch: (torch.tensor([], dtype=torch.long),) * 3,
+}
+# What the gradients may differ by, relative to the largest of them. Embeddings and their gradients are rounded to
+# their dtype; everything between runs in float32 or more.
+TOLERANCES = {torch.float64: 1e-12, torch.float32: 3e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+
+
+def make(distance, shape, pooling="max", dtype=torch.float64, size=6):
+    torch.manual_seed(1)
+    num_classes, per_class, batch = shape
+    cls, kwargs, similarity = DISTANCES[distance]
+    loss_func = MultiProxyEntropyLoss(
+        num_classes,
+        size,
+        per_class,
+        pooling=pooling,
+        distance=cls(**kwargs),
+        intra_weight=WEIGHTS["intra"],
+        inter_weight=WEIGHTS["inter"],
+        balance_weight=WEIGHTS["balance"],
+        **SETTINGS,
+    ).to(torch.float64 if dtype == torch.float64 else torch.float32)
+    loss_func.proxy_usage.copy_(torch.rand(num_classes, per_class).softmax(dim=1))
+    embeddings = torch.randn(batch, size).to(dtype)
+    return loss_func, similarity, embeddings, torch.arange(batch) % num_classes
+
+
+def reference_gradients(loss_func, similarity, embeddings, labels, indices_tuple):
+    """The mean of the weighted losses and its gradients, all in float64."""
+    x = embeddings.detach().double().requires_grad_()
+    w = loss_func.proxies.detach().double().requires_grad_()
+    settings = {"similarity": similarity, "pooling": loss_func.pooling, **SETTINGS, **WEIGHTS}
+    losses = reference.losses(x, labels, w, loss_func.proxy_usage, **settings)
+    loss = (losses * reference.miner_weights(indices_tuple, len(labels))).mean()
+    return loss, *torch.autograd.grad(loss, [x, w])
+
+
+def reference_usage(loss_func, similarity, embeddings, labels):
+    return reference.updated_usage(
+        embeddings.double(),
+        labels,
+        loss_func.proxies.detach().double(),
+        loss_func.proxy_usage,
+        similarity=similarity,
+        temperature=loss_func.temperature,
+        momentum=loss_func.usage_momentum,
+    )
+
+
+def assert_equals_reference(loss_func, similarity, embeddings, labels, indices_tuple=None):
+    usage = loss_func.proxy_usage
+    expected_usage = reference_usage(loss_func, similarity, embeddings, labels) if loss_func.training else usage.clone()
+    embeddings.requires_grad_()
+    loss = loss_func(embeddings, labels, indices_tuple)
+    loss.backward()
+    torch.testing.assert_close(usage, expected_usage, atol=2e-6, rtol=0)
+    # The reference reads the usage after the update, as the loss has to.
+    expected = reference_gradients(loss_func, similarity, embeddings, labels, indices_tuple)
+    assert loss.dtype == loss_func.proxies.dtype
+    for name, actual, wanted in zip(
+        ("loss", "embeddings", "proxies"), (loss, embeddings.grad, loss_func.proxies.grad), expected, strict=True
+    ):
+        error = (actual.double() - wanted).abs().max() / wanted.abs().max().clamp_min(0.1)
+        assert error < TOLERANCES[embeddings.dtype], f"{name}: {error}"
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("pooling", functional.POOLINGS)
+@pytest.mark.parametrize("distance", DISTANCES)
+def test_poolings_distances_and_shapes(distance, pooling, shape):
+    assert_equals_reference(*make(distance, shape, pooling))
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("pooling", functional.POOLINGS)
+@pytest.mark.parametrize("distance", ["cosine", "Lp, p=2", "dot product"])
+def test_dtypes_of_embeddings(distance, pooling, dtype):
+    assert_equals_reference(*make(distance, SHAPES[0], pooling, dtype))
+
+
+@pytest.mark.parametrize("indices", TUPLES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_miner_tuples(shape, indices):
+    assert_equals_reference(*make("cosine", shape), TUPLES[indices](shape[2]))
+
+
+@pytest.mark.parametrize("layout", [lambda x: x.T.contiguous().T, lambda x: x.repeat_interleave(2, dim=1)[:, ::2]])
+@pytest.mark.parametrize("distance", DISTANCES)
+def test_embeddings_that_are_not_contiguous(distance, layout):
+    loss_func, similarity, embeddings, labels = make(distance, SHAPES[0])
+    embeddings = layout(embeddings)
+    assert not embeddings.is_contiguous()
+    assert_equals_reference(loss_func, similarity, embeddings, labels)
+
+
+@pytest.mark.parametrize("pooling", functional.POOLINGS)
+def test_eval_mode(pooling):
+    loss_func, *rest = make("cosine", SHAPES[0], pooling)
+    assert_equals_reference(loss_func.eval(), *rest)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32])
+def test_labels_of_any_integer_dtype(dtype):
+    loss_func, similarity, embeddings, labels = make("cosine", SHAPES[0])
+    expected = loss_func.eval()(embeddings, labels)
+    assert loss_func(embeddings, labels.to(dtype)).equal(expected)
+
+
+@pytest.mark.parametrize("pooling", functional.POOLINGS)
+@pytest.mark.parametrize("distance", DISTANCES)
+def test_gradcheck(pooling, distance):
+    loss_func, _, embeddings, labels = make(distance, SHAPES[0], pooling)
+    loss_func.eval()
+
+    def loss(embeddings, proxies):
+        return functional_call(loss_func, {"proxies": proxies}, (embeddings, labels))
+
+    assert torch.autograd.gradcheck(loss, (embeddings.requires_grad_(), loss_func.proxies), fast_mode=True)
+
+
+@pytest.mark.parametrize("shape", [(3, 4, 5), (4, 1, 3)], ids=str)
+@pytest.mark.parametrize("pooling", functional.POOLINGS)
+@pytest.mark.parametrize("distance", DISTANCES)
+@torch.no_grad()
+def test_logits_and_assignment(distance, pooling, shape):
+    loss_func, similarity, embeddings, labels = make(distance, shape, pooling)
+    s = [[[similarity(x, w) for w in of_class] for of_class in loss_func.proxies] for x in embeddings]
+    expected = [[3.0 * reference.pool(values, pooling, 3.0, 0.3) for values in row] for row in s]
+    s = torch.tensor(s)
+    torch.testing.assert_close(loss_func.get_logits(embeddings), torch.tensor(expected, dtype=torch.float64))
+
+    classes, proxies = loss_func.assign(embeddings)
+    assert (classes * shape[1] + proxies).equal(s.flatten(1).argmax(dim=1))
+    classes, proxies = loss_func.assign(embeddings, labels)
+    assert classes.equal(labels)
+    assert proxies.equal(torch.stack([row[y].argmax() for row, y in zip(s, labels, strict=True)]))
+    assert classes.dtype == proxies.dtype == torch.long
+
+
+def test_class_distribution_is_the_softmax_of_the_logits():
+    similarities = torch.randn(5, 3, dtype=torch.float64)
+    expected = torch.tensor([[p.item() for p in reference.softmax(4.0 * row)] for row in similarities])
+    torch.testing.assert_close(functional.class_distribution(similarities, 4.0), expected.double())
+
+
+@pytest.mark.parametrize("distance", DISTANCES)
+@pytest.mark.filterwarnings("ignore:var\\(\\). degrees of freedom")
+def test_empty_batch(distance):
+    loss_func, _, _, _ = make(distance, SHAPES[0])
+    usage = loss_func.proxy_usage.clone()
+    embeddings = torch.zeros(0, 6, dtype=torch.float64, requires_grad=True)
+    labels = torch.zeros(0, dtype=torch.long)
+    loss_dict = loss_func.compute_loss(embeddings, labels, None)
+    losses = loss_dict["loss"]["losses"]
+    losses.sum().backward()
+    assert losses.shape == (0,)
+    assert loss_func.proxies.grad.eq(0).all()
+    assert loss_func.proxy_usage.equal(usage)
+    assert loss_func.get_logits(embeddings).shape == (0, 3)
+    assert loss_func.assign(embeddings)[0].shape == (0,)

@@ -1,0 +1,142 @@
+"""What holds for all inputs: bounds of the entropies, symmetries, finite numbers."""
+
+import copy
+import math
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from pytorch_metric_learning import distances
+
+from pml_multiproxy import MultiProxyEntropyLoss, functional
+
+settings.register_profile(
+    "ours",
+    max_examples=60,
+    deadline=None,
+    derandomize=True,
+    # The seed of torch is set once per test, and each example sets its own.
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+settings.load_profile("ours")
+
+seeds = st.integers(0, 2**31 - 1)
+sizes = st.integers(1, 6)
+poolings = st.sampled_from(list(functional.POOLINGS))
+
+
+@given(seed=seeds, batch=sizes, count=sizes, magnitude=st.floats(0, 1e30), setting=st.floats(1e-3, 1e3))
+def test_entropies_lie_within_their_bounds(seed, batch, count, magnitude, setting):
+    similarities = magnitude * torch.randn(batch, count, generator=torch.Generator().manual_seed(seed))
+    for entropy in (functional.intra_class_entropy, functional.inter_class_entropy):
+        values = entropy(similarities, setting)
+        assert (values >= 0).all()
+        assert (values <= math.log(count) + 1e-6).all()
+
+
+@given(seed=seeds, batch=sizes, classes=sizes, per_class=sizes, pooling=poolings, training=st.booleans())
+def test_order_of_classes_proxies_and_samples_does_not_matter(seed, batch, classes, per_class, pooling, training):
+    torch.manual_seed(seed)
+    loss_func = MultiProxyEntropyLoss(classes, 4, per_class, pooling=pooling, margin=0.1).double().train(training)
+    loss_func.proxy_usage.copy_(torch.rand(classes, per_class).softmax(dim=1))
+    permuted = copy.deepcopy(loss_func)
+    of_classes, of_samples = torch.randperm(classes), torch.randperm(batch)
+    of_proxies = torch.stack([torch.randperm(per_class) for _ in range(classes)])
+
+    def permute(x):
+        return x.data[of_classes.unsqueeze(1), of_proxies[of_classes]]
+
+    permuted.proxies.data, permuted.proxy_usage = permute(loss_func.proxies), permute(loss_func.proxy_usage)
+    embeddings, labels = torch.randn(batch, 4, dtype=torch.float64), torch.randint(classes, (batch,))
+    position = of_classes.argsort()
+
+    loss = loss_func(embeddings, labels)
+    loss.backward()
+    permuted_loss = permuted(embeddings[of_samples], position[labels[of_samples]])
+    permuted_loss.backward()
+    torch.testing.assert_close(permuted_loss, loss)
+    torch.testing.assert_close(permuted.proxies.grad, permute(loss_func.proxies.grad))
+    torch.testing.assert_close(permuted.proxy_usage, permute(loss_func.proxy_usage))
+    torch.testing.assert_close(
+        permuted.get_logits(embeddings)[:, position], loss_func.get_logits(embeddings), rtol=1e-10, atol=1e-10
+    )
+
+
+def rows(dtype, count, size):
+    """Directions with zero, tiny, ordinary and huge lengths, up to the ends of the dtype's range."""
+    largest, smallest = torch.finfo(dtype).max / 2, torch.finfo(dtype).smallest_normal / 2
+    lengths = st.sampled_from([0.0, smallest, 1e-12, 1e-6, 1e-3, 1.0, 1e3, 1e18, largest])
+    return st.lists(lengths, min_size=count, max_size=count).map(
+        lambda chosen: (
+            (torch.empty(count, size).uniform_(-1, 1).double() * torch.tensor(chosen).unsqueeze(1).double())
+            .clamp(-largest, largest)
+            .to(dtype)
+        )
+    )
+
+
+def assert_finite(loss_func, embeddings, labels):
+    loss = loss_func(embeddings.requires_grad_(), labels)
+    loss.backward()
+    for name, values in (
+        ("loss", loss),
+        ("gradient of embeddings", embeddings.grad),
+        ("gradient of proxies", loss_func.proxies.grad),
+        ("usage", loss_func.proxy_usage),
+    ):
+        assert values.isfinite().all(), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+@given(data=st.data(), seed=seeds, pooling=poolings, collect_stats=st.booleans())
+def test_cosine_is_finite_for_every_finite_input(dtype, data, seed, pooling, collect_stats):
+    torch.manual_seed(seed)
+    distance = distances.CosineSimilarity(collect_stats=collect_stats)
+    loss_func = MultiProxyEntropyLoss(2, 5, 3, pooling=pooling, distance=distance)
+    proxies = data.draw(rows(torch.float32, 6, 5))
+    loss_func.proxies.data.copy_(proxies.view(2, 3, 5))
+    assert_finite(loss_func, data.draw(rows(dtype, 4, 5)), torch.tensor([0, 1, 1, 0]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("proxy_dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_cosine_is_finite_for_proxies_in_low_precision(dtype, proxy_dtype):
+    loss_func = MultiProxyEntropyLoss(2, 5, 3).to(proxy_dtype)
+    loss_func.proxies.data[0] = 0
+    loss_func.proxies.data[1, 0] *= 6e4
+    assert_finite(loss_func, torch.randn(4, 5).to(dtype), torch.tensor([0, 1, 1, 0]))
+    assert loss_func.proxies.grad.dtype == proxy_dtype
+
+
+OTHER_DISTANCES = {
+    "dot product": lambda: distances.DotProductSimilarity(normalize_embeddings=False),
+    "L2": distances.LpDistance,
+    "L2 squared, not normalized": lambda: distances.LpDistance(power=2, normalize_embeddings=False),
+    "L1": lambda: distances.LpDistance(p=1),
+    "SNR": distances.SNRDistance,
+}
+
+
+@pytest.mark.parametrize("distance", OTHER_DISTANCES)
+@given(data=st.data(), seed=seeds, pooling=poolings)
+def test_other_distances_are_finite_where_pml_is(distance, data, seed, pooling):
+    torch.manual_seed(seed)
+    loss_func = MultiProxyEntropyLoss(2, 5, 3, pooling=pooling, distance=OTHER_DISTANCES[distance]())
+    embeddings = data.draw(rows(torch.float32, 4, 5))
+    x, w = embeddings.clone().requires_grad_(), loss_func.proxies.detach().flatten(0, 1).requires_grad_()
+    matrix = loss_func.distance(x, w)
+    gradients = torch.autograd.grad(matrix.sum(), [x, w])
+    # The largest factor on a similarity is 1 / temperature = 20, that on a gradient its square.
+    if all((values.abs() < 1e35).all() for values in (matrix, *gradients)):
+        assert_finite(loss_func, embeddings, torch.tensor([0, 1, 1, 0]))
+
+
+def test_float32_is_as_good_as_plain_autograd():
+    """The error against float64 is no larger than that of F.normalize and a product."""
+    torch.manual_seed(0)
+    embeddings, proxies = torch.randn(64, 32) * 10, torch.randn(40, 32)
+    exact = torch.nn.functional.normalize(embeddings.double()) @ torch.nn.functional.normalize(proxies.double()).T
+    plain = torch.nn.functional.normalize(embeddings) @ torch.nn.functional.normalize(proxies).T
+    ours = functional.normalize(embeddings) @ functional.normalize(proxies).T
+    assert (ours - exact).abs().mean() < 1.5 * (plain - exact).abs().mean()

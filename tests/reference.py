@@ -1,4 +1,4 @@
-"""The equations of the README, written naively: sample by sample, proxy by proxy, on scalars. The oracle of the tests."""
+"""The equations of the README, naively: sample by sample, proxy by proxy, on scalars. The oracle of the tests."""
 
 import math
 
@@ -95,4 +95,5 @@ def miner_weights(indices_tuple, batch_size):
     for indices in indices_tuple or ():
         for index in indices.tolist():
             counts[index] += 1
-    return torch.tensor([count / max(counts) if any(counts) else 1.0 for count in counts], dtype=torch.float64)
+    weights = [count / max(counts) if any(counts) else 1.0 for count in counts]
+    return torch.tensor(weights, dtype=torch.float64)

@@ -132,7 +132,7 @@ def test_eval_mode(pooling):
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32])
 def test_labels_of_any_integer_dtype(dtype):
-    loss_func, similarity, embeddings, labels = make("cosine", SHAPES[0])
+    loss_func, _, embeddings, labels = make("cosine", SHAPES[0])
     expected = loss_func.eval()(embeddings, labels)
     assert loss_func(embeddings, labels.to(dtype)).equal(expected)
 

@@ -1,0 +1,39 @@
+"""README tells the truth: its code runs, and its numbers are those of the committed results."""
+
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+
+from pml_multiproxy import MultiProxyEntropyLoss
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+@pytest.mark.filterwarnings("ignore:Converting a tensor with requires_grad=True")  # by the bar of PML's trainers
+def test_code_runs():
+    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert len(blocks) >= 3
+    namespace = {}
+    for block in blocks:
+        exec(block, namespace)
+
+
+def test_table_is_the_committed_one():
+    assert (ROOT / "examples/results/coarse_to_fine/table.md").read_text() in README
+
+
+def test_table_of_parameters_holds_every_parameter_and_its_default():
+    documented = dict(re.findall(r"^\| `(\w+)` \| `?\"?([\w.]+)\"?`? \|", README, re.MULTILINE))
+    parameters = inspect.signature(MultiProxyEntropyLoss).parameters.values()
+    defaults = {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
+    assert documented == {
+        name: default if isinstance(default, str) else f"{default:g}" for name, default in defaults.items()
+    }
+
+
+def test_files_that_it_links_to_exist():
+    for target in re.findall(r"\]\(([^)#:]+)\)", README):
+        assert (ROOT / target).exists(), target

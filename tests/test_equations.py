@@ -1,5 +1,7 @@
 """Values and gradients of the loss against the naive reference, over everything that it can be combined with."""
 
+import itertools
+
 import pytest
 import reference
 import torch
@@ -31,6 +33,11 @@ TUPLES = {
     "pairs": lambda batch: (torch.tensor([batch - 1]), torch.tensor([0]), torch.tensor([0, 0]), torch.tensor([0, 0])),
     "nothing mined": lambda batch: (torch.tensor([], dtype=torch.long),) * 3,
 }
+LAYOUTS = [  # three, so that the four miner tuples meet all of them
+    lambda x: x,
+    lambda x: x.T.contiguous().T,
+    lambda x: x.repeat_interleave(2, dim=1)[:, ::2],
+]
 # What the gradients may differ by, relative to the largest of them. Embeddings and their gradients are rounded to
 # their dtype; everything between runs in float32 or more.
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 3e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
@@ -95,33 +102,15 @@ def assert_equals_reference(loss_func, similarity, embeddings, labels, indices_t
         assert error < TOLERANCES[embeddings.dtype], f"{name}: {error}"
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("pooling", functional.POOLINGS)
-@pytest.mark.parametrize("distance", DISTANCES)
-def test_poolings_distances_and_shapes(distance, pooling, shape):
-    assert_equals_reference(*make(distance, shape, pooling))
-
-
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 @pytest.mark.parametrize("pooling", functional.POOLINGS)
-@pytest.mark.parametrize("distance", ["cosine", "Lp, p=2", "dot product"])
-def test_dtypes_of_embeddings(distance, pooling, dtype):
-    assert_equals_reference(*make(distance, SHAPES[0], pooling, dtype))
-
-
-@pytest.mark.parametrize("indices", TUPLES)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_miner_tuples(shape, indices):
-    assert_equals_reference(*make("cosine", shape), TUPLES[indices](shape[2]))
-
-
-@pytest.mark.parametrize("layout", [lambda x: x.T.contiguous().T, lambda x: x.repeat_interleave(2, dim=1)[:, ::2]])
 @pytest.mark.parametrize("distance", DISTANCES)
-def test_embeddings_that_are_not_contiguous(distance, layout):
-    loss_func, similarity, embeddings, labels = make(distance, SHAPES[0])
-    embeddings = layout(embeddings)
-    assert not embeddings.is_contiguous()
-    assert_equals_reference(loss_func, similarity, embeddings, labels)
+def test_every_combination(distance, pooling, dtype):
+    """Also over shapes, miner tuples and memory layouts."""
+    layouts = itertools.cycle(LAYOUTS)
+    for shape, indices in itertools.product(SHAPES, TUPLES.values()):
+        loss_func, similarity, embeddings, labels = make(distance, shape, pooling, dtype)
+        assert_equals_reference(loss_func, similarity, next(layouts)(embeddings), labels, indices(shape[2]))
 
 
 @pytest.mark.parametrize("pooling", functional.POOLINGS)

@@ -20,11 +20,8 @@ __all__ = ["MultiProxyEntropyLoss"]
 IN_USE = 0.1
 """A proxy counts as in use from this part of an even share of its class."""
 
-
-def unit_normal_(weights: Tensor) -> None:
-    """Fills ``(N, D)`` with random directions of unit length."""
-    with torch.no_grad():
-        weights.copy_(functional.normalize(torch.nn.init.normal_(weights)))
+STATISTICS = ["classification_loss", "intra_class_entropy", "inter_class_entropy", "balance", "proxies_in_use"]
+"""What ``collect_stats=True`` records of every batch."""
 
 
 class MultiProxyEntropyLoss(WeightRegularizerMixin, BaseMetricLossFunction):  # type: ignore[misc]
@@ -165,16 +162,7 @@ class MultiProxyEntropyLoss(WeightRegularizerMixin, BaseMetricLossFunction):  # 
             ],
             is_stat=False,
         )
-        self.add_to_recordable_attributes(
-            list_of_names=[
-                "classification_loss",
-                "intra_class_entropy",
-                "inter_class_entropy",
-                "balance",
-                "proxies_in_use",
-            ],
-            is_stat=True,
-        )
+        self.add_to_recordable_attributes(list_of_names=STATISTICS, is_stat=True)
 
     def forward(
         self,
@@ -253,7 +241,7 @@ class MultiProxyEntropyLoss(WeightRegularizerMixin, BaseMetricLossFunction):  # 
         return CosineSimilarity()
 
     def get_default_weight_init_func(self) -> Callable[[Tensor], None]:
-        return unit_normal_
+        return _unit_directions_
 
     def _losses(self, embeddings: Tensor, labels: Tensor) -> Tensor:
         similarities = self._similarities(embeddings)
@@ -300,13 +288,8 @@ class MultiProxyEntropyLoss(WeightRegularizerMixin, BaseMetricLossFunction):  # 
         in_use = (self.proxy_usage >= IN_USE / self.proxies_per_class).to(terms[0].dtype)
         # One transfer from the device for all of them.
         means = torch.stack([values.mean() for values in (*terms, in_use)]).tolist()
-        (
-            self.classification_loss,
-            self.intra_class_entropy,
-            self.inter_class_entropy,
-            self.balance,
-            self.proxies_in_use,
-        ) = means
+        for name, mean in zip(STATISTICS, means, strict=True):
+            setattr(self, name, mean)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "MultiProxyEntropyLoss":
         """Keeps the usage in float32 through ``half()`` and the like: its momentum would be lost in rounding."""
@@ -315,6 +298,12 @@ class MultiProxyEntropyLoss(WeightRegularizerMixin, BaseMetricLossFunction):  # 
         if self.proxy_usage.dtype != usage.dtype:
             self.proxy_usage = usage.to(self.proxy_usage.device)
         return self
+
+
+@torch.no_grad()
+def _unit_directions_(weights: Tensor) -> None:
+    """Fills ``(N, D)`` with random directions of unit length."""
+    weights.copy_(functional.normalize(torch.nn.init.normal_(weights)))
 
 
 def _is_plain_cosine(distance: Any) -> bool:

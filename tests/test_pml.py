@@ -16,14 +16,8 @@ from torch.utils.data import TensorDataset
 
 import pml_multiproxy
 from pml_multiproxy import MultiProxyEntropyLoss
+from pml_multiproxy.losses import STATISTICS
 
-STATISTICS = [
-    "classification_loss",
-    "intra_class_entropy",
-    "inter_class_entropy",
-    "balance",
-    "proxies_in_use",
-]
 # The trainer's progress bar does that with every loss.
 pytestmark = pytest.mark.filterwarnings("ignore:Converting a tensor with requires_grad=True")
 

@@ -1,9 +1,21 @@
 """Several balanced proxies per class, for PyTorch Metric Learning."""
 
-from . import functional, losses
+from . import functional, losses, miners, regularizers
 from ._register import register
 from .losses import MultiProxyEntropyLoss
+from .miners import MultiProxyMiner
+from .regularizers import ProxyEntropyRegularizer
 
 __version__ = "0.1.0"
 
-__all__ = ["MultiProxyEntropyLoss", "__version__", "functional", "losses", "register"]
+__all__ = [
+    "MultiProxyEntropyLoss",
+    "MultiProxyMiner",
+    "ProxyEntropyRegularizer",
+    "__version__",
+    "functional",
+    "losses",
+    "miners",
+    "register",
+    "regularizers",
+]

@@ -1,14 +1,18 @@
 """Makes the package's classes known to PyTorch Metric Learning."""
 
-import pytorch_metric_learning.losses
+from pytorch_metric_learning import losses as pml_losses
+from pytorch_metric_learning import miners as pml_miners
+from pytorch_metric_learning import regularizers as pml_regularizers
 
 from .losses import MultiProxyEntropyLoss
+from .miners import MultiProxyMiner
+from .regularizers import ProxyEntropyRegularizer
 
 
 def register() -> None:
-    """Makes :class:`~pml_multiproxy.losses.MultiProxyEntropyLoss` an attribute of ``pytorch_metric_learning.losses``.
+    """Makes the loss, the miner and the regularizer attributes of PML's ``losses``, ``miners`` and ``regularizers``.
 
-    So code that looks losses up there by name, as powerful-benchmarker does, finds it. Calling it again changes
+    So code that looks classes up there by name, as powerful-benchmarker does, finds them. Calling it again changes
     nothing; importing the package alone changes nothing in PML.
 
     >>> import pml_multiproxy, pytorch_metric_learning.losses
@@ -16,4 +20,9 @@ def register() -> None:
     >>> pytorch_metric_learning.losses.MultiProxyEntropyLoss is pml_multiproxy.MultiProxyEntropyLoss
     True
     """
-    setattr(pytorch_metric_learning.losses, MultiProxyEntropyLoss.__name__, MultiProxyEntropyLoss)
+    for module, cls in (
+        (pml_losses, MultiProxyEntropyLoss),
+        (pml_miners, MultiProxyMiner),
+        (pml_regularizers, ProxyEntropyRegularizer),
+    ):
+        setattr(module, cls.__name__, cls)

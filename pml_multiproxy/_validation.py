@@ -41,34 +41,49 @@ def one_of(name: str, value: object, allowed: Iterable[str]) -> str:
     return value
 
 
-def embeddings(value: object, proxies: Tensor) -> None:
+def embeddings(value: object, proxies: Tensor, name: str = "embeddings") -> None:
     size = proxies.shape[-1]
     if not isinstance(value, Tensor):
-        raise TypeError(f"embeddings must be a torch.Tensor of shape (batch_size, {size}), got {type(value).__name__}")
+        raise TypeError(f"{name} must be a torch.Tensor of shape (batch_size, {size}), got {type(value).__name__}")
     if not value.is_floating_point():
-        raise TypeError(f"embeddings must be of a floating-point dtype, got {value.dtype}")
+        raise TypeError(f"{name} must be of a floating-point dtype, got {value.dtype}")
     if value.ndim != 2 or value.shape[1] != size:
-        raise ValueError(f"embeddings must be of shape (batch_size, {size}), got {tuple(value.shape)}")
+        raise ValueError(f"{name} must be of shape (batch_size, {size}), got {tuple(value.shape)}")
     if value.device != proxies.device:
         raise ValueError(
-            f"embeddings must be on the device of the proxies, {proxies.device}, got {value.device}: "
+            f"{name} must be on the device of the proxies, {proxies.device}, got {value.device}: "
             "move the loss there with loss_func.to(device)"
         )
 
 
-def labels(value: object, batch_size: int, num_classes: int) -> Tensor:
-    """The labels as ``torch.long``: an index of dtype ``uint8`` would be taken for a mask."""
-    if value is None:
-        raise ValueError(f"labels must be given, a tensor of shape ({batch_size},), got None")
+def integers(name: str, value: object, count: int) -> Tensor:
+    """The integers, one for each embedding, as ``torch.long``: an index of ``uint8`` would be taken for a mask."""
     if not isinstance(value, Tensor):
-        raise TypeError(f"labels must be a torch.Tensor of shape ({batch_size},), got {type(value).__name__}")
+        raise TypeError(f"{name} must be a torch.Tensor of shape ({count},), got {type(value).__name__}")
     if value.dtype == torch.bool or value.is_floating_point() or value.is_complex():
-        raise TypeError(f"labels must be of an integer dtype, got {value.dtype}")
-    if tuple(value.shape) != (batch_size,):
-        raise ValueError(f"labels must be of shape ({batch_size},), one for each embedding, got {tuple(value.shape)}")
-    value = value.long()
-    _in_range("labels", value, num_classes, "num_classes")
-    return value
+        raise TypeError(f"{name} must be of an integer dtype, got {value.dtype}")
+    if tuple(value.shape) != (count,):
+        raise ValueError(f"{name} must be of shape ({count},), one for each embedding, got {tuple(value.shape)}")
+    return value.long()
+
+
+def in_range(name: str, indices: Tensor, size: int, size_name: str) -> None:
+    """Only on the CPU: looking at values on a GPU would make it wait, and would break a compiled graph."""
+    if torch.compiler.is_compiling() or indices.device.type != "cpu" or indices.numel() == 0:
+        return
+    lowest, highest = indices.aminmax()
+    if lowest < 0 or highest >= size:
+        raise ValueError(
+            f"{name} must lie in [0, {size - 1}] ({size_name} is {size}), got values from {lowest} to {highest}"
+        )
+
+
+def labels(value: object, batch_size: int, num_classes: int, name: str = "labels") -> Tensor:
+    if value is None:
+        raise ValueError(f"{name} must be given, a tensor of shape ({batch_size},), got None")
+    checked = integers(name, value, batch_size)
+    in_range(name, checked, num_classes, "num_classes")
+    return checked
 
 
 def indices_tuple(value: object, batch_size: int) -> None:
@@ -80,15 +95,4 @@ def indices_tuple(value: object, batch_size: int) -> None:
     if len(value) not in (3, 4):
         raise ValueError(f"indices_tuple must hold 3 tensors (triplets) or 4 (pairs), got {len(value)}")
     for position, indices in enumerate(value):
-        _in_range(f"indices_tuple[{position}]", indices, batch_size, "the batch size")
-
-
-def _in_range(name: str, indices: Tensor, size: int, size_name: str) -> None:
-    # Looking at values on a GPU would make it wait, and would break a compiled graph.
-    if torch.compiler.is_compiling() or indices.device.type != "cpu" or indices.numel() == 0:
-        return
-    lowest, highest = indices.aminmax()
-    if lowest < 0 or highest >= size:
-        raise ValueError(
-            f"{name} must lie in [0, {size - 1}] ({size_name} is {size}), got values from {lowest} to {highest}"
-        )
+        in_range(f"indices_tuple[{position}]", indices, batch_size, "the batch size")

@@ -11,7 +11,9 @@ from pytorch_metric_learning.losses.mixins import WeightRegularizerMixin
 from pytorch_metric_learning.utils import common_functions as c_f
 from pytorch_metric_learning.utils import loss_and_miner_utils as lmu
 from torch import Tensor
+from tqdm import tqdm
 
+from . import _kmeans as kmeans
 from . import _validation as check
 from . import functional
 
@@ -20,7 +22,16 @@ __all__ = ["MultiProxyEntropyLoss"]
 IN_USE = 0.1
 """A proxy counts as in use from this part of an even share of its class."""
 
-STATISTICS = ["classification_loss", "intra_class_entropy", "inter_class_entropy", "balance", "proxies_in_use"]
+STATISTICS = [
+    "classification_loss",
+    "intra_class_entropy",
+    "inter_class_entropy",
+    "balance",
+    "proxies_in_use",
+    "usage_perplexity",
+    "effective_proxies",
+    "min_effective_proxies",
+]
 """What ``collect_stats=True`` records of every batch."""
 
 
@@ -86,6 +97,12 @@ class MultiProxyEntropyLoss(WeightRegularizerMixin, BaseMetricLossFunction):  # 
             :math:`\log K + \sum_k q \log u` over the last batch, in nats.
         proxies_in_use: with ``collect_stats=True``, the share of all proxies that have at least a tenth of an even
             share of their class.
+        usage_perplexity: with ``collect_stats=True``, :math:`\exp H(u_c)`, mean over all classes: over how many proxies
+            the samples of a class are spread.
+        effective_proxies, min_effective_proxies: with ``collect_stats=True``, how many proxies the assignment tells
+            apart, :math:`\exp` of the mean of :math:`\mathrm{KL}(q_i \Vert u_{y_i})` over the samples of a class: mean
+            and minimum over the classes of the batch. Identical proxies have an even usage, but count as one here.
+            Over few samples of a class it is noisy, and may exceed :math:`K`.
 
     Calling it: ``loss_func(embeddings, labels, indices_tuple=None)`` with embeddings ``(B, D)``, labels ``(B,)`` of an
     integer dtype in ``[0, C)``, and optionally the tuple of a miner, which weights samples as in PML's other
@@ -211,7 +228,7 @@ class MultiProxyEntropyLoss(WeightRegularizerMixin, BaseMetricLossFunction):  # 
         torch.Size([5, 4])
         """
         check.embeddings(embeddings, self.proxies)
-        return self.scale * self._pool(self._similarities(embeddings))
+        return self.scale * self._pool(self._to_all_proxies(embeddings))
 
     @torch.no_grad()
     def assign(self, embeddings: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -230,12 +247,49 @@ class MultiProxyEntropyLoss(WeightRegularizerMixin, BaseMetricLossFunction):  # 
         (tensor([2, 2, 2]), tensor([0, 1, 2]))
         """
         check.embeddings(embeddings, self.proxies)
-        similarities = self._similarities(embeddings)
         if labels is not None:
-            classes = check.labels(labels, len(embeddings), self.num_classes).to(embeddings.device)
-            return classes, _of_own_class(similarities, classes).argmax(dim=1)
-        nearest = similarities.flatten(1).argmax(dim=1)
+            labels = check.labels(labels, len(embeddings), self.num_classes).to(embeddings.device)
+            return labels, self._to_own_proxies(embeddings, labels).argmax(dim=1)
+        nearest = self._to_all_proxies(embeddings).flatten(1).argmax(dim=1)
         return nearest // self.proxies_per_class, nearest % self.proxies_per_class
+
+    @torch.no_grad()
+    def init_proxies(self, embeddings: Tensor, labels: Tensor) -> None:
+        """Starts the proxies of each class at the centroids of its samples, by k-means.
+
+        Uses faiss where it is installed, else scikit-learn. The same under the same seed of torch. Where the distance
+        normalizes embeddings, so does this, and the proxies get unit length. Fewer distinct samples than proxies are
+        repeated, with a little noise on the repetitions; classes without samples keep their proxies. The usage becomes
+        the share of the samples that each proxy is the nearest to. Long work shows a progress bar.
+
+        Args:
+            embeddings: ``(N, D)``, of the network that will be trained, over enough samples of each class.
+            labels: ``(N,)``, integers in ``[0, C)``.
+
+        Raises:
+            TypeError, ValueError: as when the loss is called, and for embeddings that are not finite.
+
+        >>> loss_func = MultiProxyEntropyLoss(num_classes=2, embedding_size=2, proxies_per_class=2)
+        >>> embeddings = torch.tensor([[2.0, 0.0], [3.0, 0.0], [0.0, 1.0], [-1.0, 0.0], [0.0, -1.0], [0.0, -4.0]])
+        >>> loss_func.init_proxies(embeddings, torch.tensor([0, 0, 0, 1, 1, 1]))
+        >>> loss_func.proxies[0].detach().sort(dim=0).values
+        tensor([[0., 0.],
+                [1., 1.]])
+        >>> loss_func.proxy_usage[0].sort().values
+        tensor([0.3333, 0.6667])
+        """
+        check.embeddings(embeddings, self.proxies)
+        labels = check.labels(labels, len(embeddings), self.num_classes).to(embeddings.device)
+        if not embeddings.isfinite().all():
+            raise ValueError("embeddings must be finite, got NaN or infinite values")
+        directions = self.distance.normalize_embeddings
+        points = functional.normalize(embeddings, torch.float32) if directions else embeddings.float()
+        for c in tqdm(torch.unique(labels).tolist(), desc="k-means per class", delay=2):
+            of_class = labels == c
+            centroids = kmeans.centroids(points[of_class].cpu(), self.proxies_per_class, spherical=directions)
+            self.proxies[c] = functional.normalize(centroids) if directions else centroids
+            nearest = self._to_own_proxies(embeddings[of_class], labels[of_class]).argmax(dim=1)
+            self.proxy_usage[c] = nearest.bincount(minlength=self.proxies_per_class) / len(nearest)
 
     def get_default_distance(self) -> CosineSimilarity:
         return CosineSimilarity()
@@ -244,8 +298,8 @@ class MultiProxyEntropyLoss(WeightRegularizerMixin, BaseMetricLossFunction):  # 
         return _unit_directions_
 
     def _losses(self, embeddings: Tensor, labels: Tensor) -> Tensor:
-        similarities = self._similarities(embeddings)
-        own = _of_own_class(similarities, labels)
+        similarities = self._to_all_proxies(embeddings)
+        own = similarities[_rows(labels), labels]
         assignments = functional.assignment(own, self.temperature)
         if self.training and torch.is_grad_enabled():
             rows = functional.updated_usage(self.proxy_usage, assignments, labels, self.usage_momentum)
@@ -257,8 +311,8 @@ class MultiProxyEntropyLoss(WeightRegularizerMixin, BaseMetricLossFunction):  # 
         intra = functional.intra_class_entropy(own, self.temperature)
         inter = functional.inter_class_entropy(classes, self.scale)
         balance = math.log(self.proxies_per_class) + functional.balance(assignments, own_usage)
-        if self.collect_stats:
-            self._record(classification, intra, inter, balance)
+        if self.collect_stats and len(labels):
+            self._record(labels, classification, intra, inter, balance)
         return (
             classification
             + self.intra_weight * intra
@@ -266,9 +320,19 @@ class MultiProxyEntropyLoss(WeightRegularizerMixin, BaseMetricLossFunction):  # 
             + self.balance_weight * balance
         )
 
-    def _similarities(self, embeddings: Tensor) -> Tensor:
-        """``(B, C, K)``, in at least float32, also where autocast has the products in less."""
-        proxies = self.proxies.flatten(0, 1)
+    def _to_all_proxies(self, embeddings: Tensor) -> Tensor:
+        """The similarities to all proxies, ``(B, C, K)``."""
+        similarities = self._similarities(embeddings, self.proxies.flatten(0, 1))
+        return similarities.view(len(embeddings), self.num_classes, self.proxies_per_class)
+
+    def _to_own_proxies(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+        """The similarities to the proxies of the class of each label, ``(B, K)``, without those of absent classes."""
+        classes, position = torch.unique(labels, return_inverse=True)
+        similarities = self._similarities(embeddings, self.proxies[classes].flatten(0, 1))
+        return similarities.view(len(embeddings), len(classes), self.proxies_per_class)[_rows(labels), position]
+
+    def _similarities(self, embeddings: Tensor, proxies: Tensor) -> Tensor:
+        """``(B, P)``, larger is nearer, in at least float32, also where autocast has the products in less."""
         dtype = functional.compute_dtype(embeddings, proxies)
         if _is_plain_cosine(self.distance):
             queries, references = functional.normalize(embeddings, dtype), functional.normalize(proxies, dtype)
@@ -278,16 +342,22 @@ class MultiProxyEntropyLoss(WeightRegularizerMixin, BaseMetricLossFunction):  # 
             similarities = self.distance(embeddings.to(dtype), proxies.to(dtype))
             if not self.distance.is_inverted:
                 similarities = -similarities
-        return similarities.to(dtype).view(len(embeddings), self.num_classes, self.proxies_per_class)
+        return similarities.to(dtype)
 
     def _pool(self, similarities: Tensor) -> Tensor:
         return functional.POOLINGS[self.pooling](similarities, self.scale, self.temperature)
 
     @torch.no_grad()
-    def _record(self, *terms: Tensor) -> None:
-        in_use = (self.proxy_usage >= IN_USE / self.proxies_per_class).to(terms[0].dtype)
+    def _record(self, labels: Tensor, classification: Tensor, intra: Tensor, inter: Tensor, balance: Tensor) -> None:
+        information = math.log(self.proxies_per_class) - balance - intra  # KL(q_i || u)
+        classes, position = torch.unique(labels, return_inverse=True)
+        of_classes = information.new_zeros(len(classes)).index_add(0, position, information)
+        effective = (of_classes / position.bincount()).exp()
+        in_use = self.proxy_usage >= IN_USE / self.proxies_per_class
+        perplexity = torch.special.entr(self.proxy_usage).sum(dim=1).exp()
+        values = (classification, intra, inter, balance, in_use, perplexity, effective, effective.min())
         # One transfer from the device for all of them.
-        means = torch.stack([values.mean() for values in (*terms, in_use)]).tolist()
+        means = torch.stack([value.to(intra.dtype).mean() for value in values]).tolist()
         for name, mean in zip(STATISTICS, means, strict=True):
             setattr(self, name, mean)
 
@@ -311,6 +381,5 @@ def _is_plain_cosine(distance: Any) -> bool:
     return type(distance) is CosineSimilarity and bool(distance.p == 2 and distance.power == 1)
 
 
-def _of_own_class(similarities: Tensor, labels: Tensor) -> Tensor:
-    """``(B, K)`` out of ``(B, C, K)``."""
-    return similarities[torch.arange(len(labels), device=labels.device), labels]
+def _rows(labels: Tensor) -> Tensor:
+    return torch.arange(len(labels), device=labels.device)

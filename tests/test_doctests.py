@@ -5,23 +5,27 @@ import inspect
 
 import pytest
 
-from pml_multiproxy import _register, functional, losses
+from pml_multiproxy import _kmeans, _register, functional, losses, miners, regularizers, visualize
+
+MODULES = [_kmeans, _register, functional, losses, miners, regularizers, visualize]
 
 
-@pytest.mark.parametrize("module", [functional, losses, _register], ids=lambda module: module.__name__)
+@pytest.mark.parametrize("module", MODULES, ids=lambda module: module.__name__)
 def test_doctests(module):
     failed, attempted = doctest.testmod(module)
     assert failed == 0
     assert attempted > 0
 
 
-@pytest.mark.parametrize("module", [functional, _register], ids=lambda module: module.__name__)
-def test_every_public_function_has_one(module):
-    for name, function in inspect.getmembers(module, inspect.isfunction):
-        if function.__module__ == module.__name__ and not name.startswith("_"):
-            assert ">>>" in (function.__doc__ or ""), name
+@pytest.mark.parametrize("module", MODULES, ids=lambda module: module.__name__)
+def test_every_public_function_and_class_has_one(module):
+    for name, member in inspect.getmembers(
+        module, lambda member: inspect.isfunction(member) or inspect.isclass(member)
+    ):
+        if member.__module__ == module.__name__ and not name.startswith("_"):
+            assert ">>>" in (member.__doc__ or ""), name
 
 
-def test_the_loss_and_its_methods_have_one():
+def test_every_public_method_of_the_loss_has_one():
     loss = losses.MultiProxyEntropyLoss
-    assert all(">>>" in documented.__doc__ for documented in (loss, loss.get_logits, loss.assign))
+    assert all(">>>" in method.__doc__ for method in (loss.get_logits, loss.assign, loss.init_proxies))

@@ -13,7 +13,6 @@ import matplotlib.image
 import pytest
 import torch
 from pytorch_metric_learning import reducers
-from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
 
 from pml_multiproxy import MultiProxyEntropyLoss
 
@@ -70,31 +69,10 @@ def test_committed_result_reaches_what_the_readme_says():
     assert ratio_to_the_best_peer(committed) >= 1.2
 
 
-def map_at_r(example, make_loss, seed):
-    """Trained as in the example, without PML's trainer."""
-    torch.manual_seed(seed)
-    loss_func = make_loss()
-    train_set, test_set = example.load_data()
-    network = torch.nn.Sequential(*example.make_models().values())
-    optimizer = torch.optim.AdamW(
-        [{"params": network.parameters(), "lr": 1e-3}, {"params": loss_func.parameters()}], 1e-2
-    )
-    for _ in range(10):
-        for images, labels in torch.utils.data.DataLoader(train_set, 64, shuffle=True):
-            optimizer.zero_grad()
-            loss_func(network(images), labels).backward()
-            optimizer.step()
-    with torch.no_grad():
-        embeddings = torch.nn.functional.normalize(network.eval()(test_set.tensors[0]))
-    calculator = AccuracyCalculator(include=("mean_average_precision_at_r",), k="max_bin_count")
-    return calculator.get_accuracy(embeddings, test_set.tensors[1])["mean_average_precision_at_r"]
-
-
 @pytest.fixture
-def example(monkeypatch):
+def digits(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "examples")
-    monkeypatch.setenv("TQDM_DISABLE", "1")
-    return importlib.import_module("coarse_to_fine")
+    return importlib.import_module("digits")
 
 
 class WithoutConstants(MultiProxyEntropyLoss):
@@ -103,12 +81,38 @@ class WithoutConstants(MultiProxyEntropyLoss):
         return super()._losses(embeddings, labels) - constants
 
 
-def test_avg_non_zero_reducer_loses_no_quality(example):
+def test_avg_non_zero_reducer_loses_no_quality(digits):
     """The constants in the loss keep samples above 0; without them, this reducer would drop most."""
 
+    def train(cls, reducer, seed):
+        torch.manual_seed(seed)
+        network, loss_func = torch.nn.Sequential(*digits.make_models().values()), cls(2, 64, reducer=reducer)
+        optimizer = digits.make_optimizer(network, loss_func)
+        for _ in range(10):
+            digits.train_epoch(network, loss_func, optimizer)
+        return digits.map_at_r(network)
+
     def quality(cls, reducer):
-        return mean(map_at_r(example, lambda: cls(2, 64, reducer=reducer), seed) for seed in range(2))
+        return mean(train(cls, reducer, seed) for seed in range(2))
 
     expected = quality(MultiProxyEntropyLoss, reducers.MeanReducer())
     assert quality(MultiProxyEntropyLoss, reducers.AvgNonZeroReducer()) > 0.93 * expected
     assert quality(WithoutConstants, reducers.AvgNonZeroReducer()) < 0.85 * expected
+
+
+def numbers(printed):
+    """The cells of a Markdown table that hold numbers, row by row."""
+    rows = [line.strip("|").split("|")[1:] for line in printed.splitlines()[2:]]
+    return [[float(cell) for cell in row] for row in rows]
+
+
+def test_pair_loss_with_miner():
+    table = numbers(run("pair_loss_with_miner.py", "--epochs", 1, "--seeds", 1))
+    assert [len(row) for row in table] == [1, 1, 1, 1]
+    assert all(0 < value < 100 for row in table for value in row)
+
+
+def test_start_from_kmeans():
+    table = numbers(run("start_from_kmeans.py", "--epochs", 2, "--seeds", 1))
+    assert [len(row) for row in table] == [2, 2]
+    assert all(0 < value < 100 for row in table for value in row)

@@ -119,6 +119,8 @@ def test_hooks_write_the_statistics(tmp_path):
         assert 0 <= float(row["intra_class_entropy"]) <= 1.387
         assert 0 <= float(row["inter_class_entropy"]) <= 1.099
         assert 0 < float(row["proxies_in_use"]) <= 1
+        assert 1 <= float(row["usage_perplexity"]) <= 4.001
+        assert 1 <= float(row["min_effective_proxies"]) <= float(row["effective_proxies"])
         assert row["pooling"] == "max"
         assert float(row["scale"]) == 10
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -150,6 +152,39 @@ def test_share_of_proxies_in_use(batch):
     )
     loss_func(*batch)
     assert loss_func.proxies_in_use == pytest.approx((4 + 1 + 3) / 12)
+
+
+def test_perplexity_and_effective_proxies_by_hand(batch):
+    loss_func = MultiProxyEntropyLoss(3, 8, 4, collect_stats=True).eval()
+    loss_func.proxy_usage.copy_(torch.rand(3, 4).softmax(dim=1))
+    labels = torch.tensor([0, 2] * 6)  # class 1 is not in the batch
+    similarities = torch.nn.functional.normalize(batch[0]) @ torch.nn.functional.normalize(loss_func.proxies, dim=-1).mT
+    divergences = {0: [], 2: []}
+    for i, y in enumerate(labels.tolist()):
+        q, u = (similarities[y, i] / loss_func.temperature).softmax(dim=0), loss_func.proxy_usage[y]
+        divergences[y].append((q * (q / u).log()).sum().item())
+    effective = [torch.tensor(values).mean().exp().item() for values in divergences.values()]
+    loss_func(batch[0], labels)
+    assert loss_func.effective_proxies == pytest.approx(sum(effective) / 2, rel=1e-4)
+    assert loss_func.min_effective_proxies == pytest.approx(min(effective), rel=1e-4)
+    entropies = -(loss_func.proxy_usage * loss_func.proxy_usage.log()).sum(dim=1)
+    assert loss_func.usage_perplexity == pytest.approx(entropies.exp().mean().item(), rel=1e-5)
+
+
+def test_effective_proxies_show_a_collapse_that_the_usage_hides(batch):
+    loss_func = MultiProxyEntropyLoss(3, 8, 4, collect_stats=True)
+    loss_func.proxies.data.copy_(loss_func.proxies[:, :1].expand(3, 4, 8))
+    loss_func(*batch)
+    assert loss_func.usage_perplexity == pytest.approx(4)
+    assert loss_func.proxies_in_use == 1
+    assert loss_func.effective_proxies == pytest.approx(1)
+
+
+def test_statistics_of_an_empty_batch_are_zero(batch):
+    loss_func = MultiProxyEntropyLoss(3, 8, 4, collect_stats=True)
+    loss_func(*batch)
+    loss_func(batch[0][:0], batch[1][:0])
+    assert all(getattr(loss_func, name) == 0 for name in STATISTICS)
 
 
 def test_statistics_are_not_collected_unless_asked_for(loss_func, batch):
@@ -343,14 +378,18 @@ def test_resumed_training_equals_training_straight_through(tmp_path):
 
 def test_register_is_idempotent_and_importing_changes_nothing():
     code = """
-import pytorch_metric_learning.losses as pml_losses
-before = set(vars(pml_losses))
+from pytorch_metric_learning import losses, miners, regularizers
+modules = losses, miners, regularizers
+before = [set(vars(module)) for module in modules]
 import pml_multiproxy
-assert set(vars(pml_losses)) == before
+assert [set(vars(module)) for module in modules] == before
 pml_multiproxy.register()
 pml_multiproxy.register()
-assert set(vars(pml_losses)) == before | {"MultiProxyEntropyLoss"}
-assert pml_losses.MultiProxyEntropyLoss is pml_multiproxy.losses.MultiProxyEntropyLoss
+added = [set(vars(module)) - names for module, names in zip(modules, before)]
+assert added == [{"MultiProxyEntropyLoss"}, {"MultiProxyMiner"}, {"ProxyEntropyRegularizer"}], added
+assert losses.MultiProxyEntropyLoss is pml_multiproxy.losses.MultiProxyEntropyLoss
+assert miners.MultiProxyMiner is pml_multiproxy.miners.MultiProxyMiner
+assert regularizers.ProxyEntropyRegularizer is pml_multiproxy.regularizers.ProxyEntropyRegularizer
 """
     subprocess.run([sys.executable, "-c", code], check=True)
 

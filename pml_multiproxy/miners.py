@@ -1,0 +1,92 @@
+"""Pairs that respect the clusters which the proxies found, as a PyTorch Metric Learning miner."""
+
+from typing import Any
+
+import torch
+from pytorch_metric_learning.miners import BaseMiner
+from torch import Tensor
+
+from . import _validation as check
+from .losses import MultiProxyEntropyLoss
+
+__all__ = ["MultiProxyMiner"]
+
+
+class MultiProxyMiner(BaseMiner):  # type: ignore[misc]
+    r"""Mines pairs within the neighbourhoods of the proxies, for any pair or triplet loss of PML.
+
+    Pair losses pull all samples of a class into one blob. Where classes hold several clusters, that throws away what
+    distinguishes them. With :math:`a_i` the proxy nearest to sample :math:`i` within its class, and :math:`s` the
+    similarity of ``loss_func`` (a distance, negated), this miner takes as
+
+    - positives: the samples :math:`j` of the same class with :math:`a_j = a_i`;
+    - negatives: the samples of other classes that intrude, being as close to the proxy as the anchor is,
+
+      .. math:: s(x_j, a_i) \ge s(x_i, a_i) - m;
+
+    - neither: samples of the same class at another proxy.
+
+    Args:
+        loss_func: the :class:`~pml_multiproxy.losses.MultiProxyEntropyLoss` whose proxies to use. It has to be trained,
+            or started by k-means: this miner does not train it.
+        negative_margin: :math:`m`, in units of the distance of ``loss_func``. Higher mines more negatives.
+        **kwargs: PML's: ``collect_stats``.
+
+    Calling it: ``miner(embeddings, labels, ref_emb=None, ref_labels=None)`` with embeddings ``(B, D)``, labels
+    ``(B,)``, and optionally references ``(N, D)`` and their labels, which take the place of the other samples. Returns
+    PML's tuple of pairs ``(anchors, positives, anchors, negatives)``, each long; where nothing is found, they are
+    empty. Pairs of a sample with itself are left out when ``ref_emb`` is ``embeddings``.
+
+    The miner refers to ``loss_func`` but does not own it: its parameters are not among the miner's. Copied or pickled
+    together with it, as two entries of one dict, they stay together; copied alone, the miner takes its own copy of the
+    loss along, which nobody trains.
+
+    Raises:
+        TypeError, ValueError: for an argument of the wrong kind, shape, dtype, device or range.
+
+    Example:
+        >>> import torch
+        >>> from pytorch_metric_learning.losses import MultiSimilarityLoss
+        >>> from pml_multiproxy import losses, miners
+        >>> loss_func = losses.MultiProxyEntropyLoss(num_classes=2, embedding_size=8, proxies_per_class=3)
+        >>> miner = miners.MultiProxyMiner(loss_func)
+        >>> embeddings, labels = torch.randn(6, 8), torch.tensor([0, 0, 0, 1, 1, 1])
+        >>> pairs = miner(embeddings, labels)
+        >>> loss = loss_func(embeddings, labels) + 0.1 * MultiSimilarityLoss()(embeddings, labels, pairs)
+    """
+
+    loss_func: MultiProxyEntropyLoss
+
+    def __init__(self, loss_func: MultiProxyEntropyLoss, negative_margin: float = 0.0, **kwargs: Any) -> None:
+        if not isinstance(loss_func, MultiProxyEntropyLoss):
+            raise TypeError(f"loss_func must be a MultiProxyEntropyLoss, got {type(loss_func).__name__}")
+        super().__init__(distance=loss_func.distance, **kwargs)
+        # Past torch.nn.Module, which would count the loss's parameters twice where both are saved or trained.
+        object.__setattr__(self, "loss_func", loss_func)
+        self.negative_margin = check.real("negative_margin", negative_margin, "a finite number")
+        self.add_to_recordable_attributes(name="negative_margin", is_stat=False)
+
+    def mine(
+        self, embeddings: Tensor, labels: Tensor, ref_emb: Tensor, ref_labels: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """PML's hook."""
+        own_similarity, own_proxy = self._nearest("embeddings", embeddings, "labels", labels)
+        _, ref_proxy = self._nearest("ref_emb", ref_emb, "ref_labels", ref_labels)
+        anchor_proxies = self.loss_func.proxies.flatten(0, 1)[own_proxy]
+        to_anchor_proxies = self.loss_func._similarities(ref_emb, anchor_proxies).T
+
+        positive = own_proxy.unsqueeze(1) == ref_proxy
+        if ref_emb is embeddings:
+            positive.fill_diagonal_(False)
+        intrudes = to_anchor_proxies >= own_similarity.unsqueeze(1) - self.negative_margin
+        negative = intrudes & (labels.unsqueeze(1) != ref_labels)
+        anchors, positives = torch.where(positive)
+        other_anchors, negatives = torch.where(negative)
+        return anchors, positives, other_anchors, negatives
+
+    def _nearest(self, name: str, embeddings: Tensor, labels_name: str, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Similarity to the nearest proxy of the own class, and its position among all proxies: each ``(B,)``."""
+        check.embeddings(embeddings, self.loss_func.proxies, name)
+        labels = check.labels(labels, len(embeddings), self.loss_func.num_classes, labels_name)
+        similarity, proxy = self.loss_func._to_own_proxies(embeddings, labels).max(dim=1)
+        return similarity, labels * self.loss_func.proxies_per_class + proxy

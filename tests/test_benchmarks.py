@@ -1,0 +1,64 @@
+"""The benchmarks run on a small file of the same layout, and go on from what they have."""
+
+import csv
+import importlib
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def data(tmp_path):
+    """30 intents in 10 domains, 384 dimensions: 3 samples of each to train with, 2 to test with."""
+    generator = np.random.default_rng(0)
+    label = np.repeat(np.arange(30), 5)
+    features = generator.normal(size=(30, 384))[label] + 0.5 * generator.normal(size=(150, 384))
+    np.savez(
+        tmp_path / "clinc150_minilm.npz",
+        features=(features / np.linalg.norm(features, axis=1, keepdims=True)).astype(np.float16),
+        label=label,
+        superclass=label // 3,
+        split=np.tile([0, 0, 0, 2, 2], 30),
+    )
+    return tmp_path
+
+
+@pytest.fixture
+def benchmark(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    monkeypatch.setattr(importlib.import_module("clinc"), "RESULTS", tmp_path)
+
+    def main(name, *arguments):
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        module = importlib.import_module(name)
+        module.main()
+        return module
+
+    return main
+
+
+@pytest.mark.parametrize("name", ["dead_proxies", "kmeans_start", "miner", "regularizer"])
+def test_writes_a_row_for_each_run_and_goes_on_from_them(name, data, benchmark, tmp_path):
+    module = benchmark(name, "--data", data, "--seeds", 1)
+    path = tmp_path / f"{name}.csv"
+    rows = list(csv.DictReader(path.read_text().splitlines()))
+    assert [row["configuration"] for row in rows] == list(module.CONFIGURATIONS)
+    assert all(0 <= float(row[column]) <= 100 for row in rows for column in row if column.startswith("map_at_r"))
+    table = (tmp_path / f"{name}.md").read_text()
+    assert [line.split("|")[1].strip() for line in table.splitlines()[2:]] == list(module.CONFIGURATIONS)
+
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:-1]))  # as if the last run had been interrupted
+    benchmark(name, "--data", data, "--seeds", 1)
+    again = path.read_text().splitlines(keepends=True)
+    assert again[:-1] == lines[:-1]
+    assert len(again) == len(lines)
+
+
+def test_says_which_file_is_missing(benchmark, tmp_path):
+    with pytest.raises(SystemExit, match=r"nowhere/clinc150_minilm\.npz is missing"):
+        benchmark("miner", "--data", tmp_path / "nowhere")

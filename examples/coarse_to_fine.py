@@ -24,20 +24,17 @@ matplotlib.use("Agg")
 
 import numpy as np
 import torch
+from digits import EMBEDDING_SIZE, load_data, make_models
 from matplotlib import pyplot as plt
 from pytorch_metric_learning import losses, testers, trainers
 from pytorch_metric_learning.utils import logging_presets
 from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
-from sklearn.datasets import load_digits
-from sklearn.decomposition import PCA
-from sklearn.model_selection import train_test_split
 from torch import nn
-from torch.utils.data import TensorDataset
 from tqdm import tqdm
 
 from pml_multiproxy.losses import MultiProxyEntropyLoss
+from pml_multiproxy.visualize import plot_class
 
-EMBEDDING_SIZE = 64
 PROXIES_PER_CLASS = 10  # the default of MultiProxyEntropyLoss; there are five digits in each class
 METRICS = {"precision_at_1": "Precision@1", "r_precision": "R-Precision", "mean_average_precision_at_r": "MAP@R"}
 LOSSES = {
@@ -48,23 +45,6 @@ LOSSES = {
     "ProxyAnchorLoss": lambda: losses.ProxyAnchorLoss(2, EMBEDDING_SIZE),
     "MultiProxyEntropyLoss": lambda: MultiProxyEntropyLoss(2, EMBEDDING_SIZE, collect_stats=True),
 }
-
-
-def load_data():
-    """Half of scikit-learn's digits to train with, labelled 0 (even) or 1 (odd); the other half with the digit."""
-    images, digits = load_digits(return_X_y=True)
-    images = torch.tensor(images / 16, dtype=torch.float32).view(-1, 1, 8, 8)
-    digits = torch.tensor(digits)
-    train, test = train_test_split(np.arange(len(digits)), test_size=0.5, stratify=digits, random_state=0)
-    return TensorDataset(images[train], digits[train] % 2), TensorDataset(images[test], digits[test])
-
-
-def make_models():
-    def block(channels_in, channels_out):
-        return nn.Conv2d(channels_in, channels_out, 3, padding=1), nn.BatchNorm2d(channels_out), nn.ReLU()
-
-    trunk = nn.Sequential(*block(1, 32), *block(32, 64), nn.MaxPool2d(2), *block(64, 64), nn.MaxPool2d(2), nn.Flatten())
-    return {"trunk": trunk, "embedder": nn.Linear(64 * 4, EMBEDDING_SIZE)}
 
 
 def train_and_test(loss_name, seed, epochs, log_dir, bar):
@@ -135,36 +115,15 @@ def proxies_of(loss_func):
 
 
 @torch.no_grad()
-def plot_class(ax, embeddings, digits, proxies):
-    """The test embeddings of one trained class and its proxies, in the plane of the class's first two components."""
-    embeddings, proxies = nn.functional.normalize(embeddings), nn.functional.normalize(proxies)
-    pca = PCA(2).fit(embeddings)
-    nearest = (embeddings @ proxies.T).argmax(dim=1)
-    colors = plt.get_cmap("tab10")
-    points, stars = pca.transform(embeddings), pca.transform(proxies)
-    for digit in digits.unique().tolist():
-        own = digits == digit
-        xs, ys = np.stack([points[own], stars[nearest[own]]]).transpose(2, 0, 1)
-        ax.plot(xs, ys, color=colors(digit), alpha=0.2, linewidth=0.8)
-        ax.scatter(*points[own].T, s=10, alpha=0.6, color=colors(digit), label=f"{digit}", zorder=2)
-    for position, (x, y) in enumerate(stars):
-        own = digits[nearest == position]
-        color = colors(own.mode().values.item()) if len(own) else "white"
-        ax.scatter(x, y, marker="*", s=300 if len(own) else 90, color=color, edgecolor="black", zorder=3)
-    ax.set(xticks=[], yticks=[])
-    ax.legend(title="digit", loc="best", fontsize=8, title_fontsize=8, markerscale=2)
-    ax.set_xlabel(f"{nearest.unique().numel()} of {len(proxies)} proxies are the nearest to some sample")
-
-
-@torch.no_grad()
 def make_picture(path, trained):
     images, digits = load_data()[1].tensors
     figure, axes = plt.subplots(2, len(trained), figsize=(6 * len(trained), 11), squeeze=False)
     for column, (loss_name, (network, loss_func)) in zip(axes.T, trained.items(), strict=True):
-        embeddings = network(images)
+        embeddings = nn.functional.normalize(network(images))
         for label, (ax, class_name) in enumerate(zip(column, ("even", "odd"), strict=True)):
             own = digits % 2 == label
-            plot_class(ax, embeddings[own], digits[own], proxies_of(loss_func)[label])
+            proxies = nn.functional.normalize(proxies_of(loss_func)[label])
+            plot_class(embeddings[own], proxies, digits[own], ax, legend_title="digit")
             ax.set_title(f"{loss_name}: class “{class_name}”")
     figure.suptitle(
         "Test embeddings (dots), each with a line to its nearest proxy (stars). Trained with the labels even and odd.\n"

@@ -1,0 +1,56 @@
+"""Shared by the examples: scikit-learn's handwritten digits, trained with two labels and retrieved by ten."""
+
+from functools import cache
+
+import numpy as np
+import torch
+from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+EMBEDDING_SIZE = 64
+
+
+@cache
+def load_data():
+    """Half of scikit-learn's digits to train with, labelled 0 (even) or 1 (odd); the other half with the digit."""
+    images, digits = load_digits(return_X_y=True)
+    images = torch.tensor(images / 16, dtype=torch.float32).view(-1, 1, 8, 8)
+    digits = torch.tensor(digits)
+    train, test = train_test_split(np.arange(len(digits)), test_size=0.5, stratify=digits, random_state=0)
+    return TensorDataset(images[train], digits[train] % 2), TensorDataset(images[test], digits[test])
+
+
+def make_models():
+    def block(channels_in, channels_out):
+        return nn.Conv2d(channels_in, channels_out, 3, padding=1), nn.BatchNorm2d(channels_out), nn.ReLU()
+
+    trunk = nn.Sequential(*block(1, 32), *block(32, 64), nn.MaxPool2d(2), *block(64, 64), nn.MaxPool2d(2), nn.Flatten())
+    return {"trunk": trunk, "embedder": nn.Linear(64 * 4, EMBEDDING_SIZE)}
+
+
+def train_epoch(network, loss_func, optimizer):
+    for images, labels in DataLoader(load_data()[0], batch_size=64, shuffle=True):
+        optimizer.zero_grad()
+        loss_func(network(images), labels).backward()
+        optimizer.step()
+
+
+def make_optimizer(network, loss_func):
+    """The proxies start at unit norm, and stand a larger step than the network."""
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3)
+    if list(loss_func.parameters()):
+        optimizer.add_param_group({"params": loss_func.parameters(), "lr": 1e-2})
+    return optimizer
+
+
+@torch.no_grad()
+def map_at_r(network):
+    """MAP@R of the digits in the test half, in %."""
+    images, digits = load_data()[1].tensors
+    embeddings = nn.functional.normalize(network.eval()(images))
+    network.train()
+    calculator = AccuracyCalculator(include=("mean_average_precision_at_r",), k="max_bin_count")
+    return 100 * calculator.get_accuracy(embeddings, digits)["mean_average_precision_at_r"]

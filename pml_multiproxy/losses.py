@@ -209,6 +209,7 @@ class MultiProxyEntropyLoss(WeightRegularizerMixin, BaseMetricLossFunction):  # 
                 "losses": losses * lmu.convert_to_weights(indices_tuple, labels, dtype=losses.dtype),
                 "indices": c_f.torch_arange_from_size(embeddings),
                 "reduction_type": "element",
+                "divisor": len(embeddings),  # for DivisorReducer
             }
         }
         self.add_weight_regularization_to_loss_dict(loss_dict, self.proxies.flatten(0, 1))

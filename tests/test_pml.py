@@ -210,6 +210,8 @@ REDUCERS = {
     "ThresholdReducer": lambda: reducers.ThresholdReducer(low=0.5, high=3),
     "ClassWeightedReducer": lambda: reducers.ClassWeightedReducer(torch.tensor([1.0, 2.0, 3.0])),
     "PerAnchorReducer": reducers.PerAnchorReducer,
+    "DivisorReducer": reducers.DivisorReducer,
+    "MultipleReducers": lambda: reducers.MultipleReducers({"loss": reducers.SumReducer()}),
 }
 
 
@@ -229,11 +231,21 @@ def test_reducers(name, dtype, batch):
         "ThresholdReducer": losses[past].mean(),
         "ClassWeightedReducer": (losses * (labels + 1)).mean(),
         "PerAnchorReducer": losses.mean(),
+        "DivisorReducer": losses.mean(),
+        "MultipleReducers": losses.sum().to(dtype),  # which adds the sub-losses up in the dtype of the embeddings
     }[name]
     loss = loss_func(embeddings, labels)
     torch.testing.assert_close(loss, expected)
     loss.backward()
     assert loss_func.proxies.grad.isfinite().all()
+
+
+def test_every_reducer_of_pml_is_tried():
+    assert {name for name in vars(reducers) if name.endswith("Reducer")} - {"BaseReducer"} <= {
+        *REDUCERS,
+        "DoNothingReducer",
+        "MultipleReducers",
+    }
 
 
 def test_do_nothing_reducer_gives_the_losses_of_the_samples(batch):

@@ -14,6 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from . import _kmeans as kmeans
+from . import _streaming as streaming
 from . import _validation as check
 from . import functional
 
@@ -84,6 +85,9 @@ class MultiProxyEntropyLoss(WeightRegularizerMixin, BaseMetricLossFunction):  # 
         inter_weight: :math:`\lambda_\mathrm{inter}` >= 0.
         balance_weight: :math:`\lambda_\mathrm{balance}` >= 0.
         usage_momentum: how much of the usage one sample of a class leaves as it was, from 0 to 1.
+        classes_per_chunk: how many classes to compute at a time, exactly: fewer take less memory, and more time in
+            backward, which then computes similarities once more. ``None``: all, while their similarities
+            (``B * C * K`` numbers) take at most 256 MiB, else as many as take 8 MiB.
         **kwargs: PML's: ``distance`` (default: ``CosineSimilarity``), ``reducer`` (default: ``MeanReducer``),
             ``weight_regularizer``, ``weight_reg_weight``, ``weight_init_func`` (called on the proxies as
             ``(C * K, D)``; default: random directions of unit length), ``embedding_regularizer``,
@@ -142,6 +146,7 @@ class MultiProxyEntropyLoss(WeightRegularizerMixin, BaseMetricLossFunction):  # 
         inter_weight: float = 0.1,
         balance_weight: float = 0.5,
         usage_momentum: float = 0.9,
+        classes_per_chunk: int | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -156,6 +161,9 @@ class MultiProxyEntropyLoss(WeightRegularizerMixin, BaseMetricLossFunction):  # 
         self.inter_weight = check.not_negative("inter_weight", inter_weight)
         self.balance_weight = check.not_negative("balance_weight", balance_weight)
         self.usage_momentum = check.real("usage_momentum", usage_momentum, "a number from 0 to 1", low=0.0, high=1.0)
+        self.classes_per_chunk = classes_per_chunk
+        if classes_per_chunk is not None:
+            self.classes_per_chunk = check.positive_int("classes_per_chunk", classes_per_chunk)
 
         shape = (self.num_classes, self.proxies_per_class)
         weights = torch.empty(math.prod(shape), self.embedding_size)
@@ -299,18 +307,14 @@ class MultiProxyEntropyLoss(WeightRegularizerMixin, BaseMetricLossFunction):  # 
         return _unit_directions_
 
     def _losses(self, embeddings: Tensor, labels: Tensor) -> Tensor:
-        similarities = self._to_all_proxies(embeddings)
-        own = similarities[_rows(labels), labels]
+        classification, inter, own = self._class_terms(embeddings, labels)
         assignments = functional.assignment(own, self.temperature)
         if self.training and torch.is_grad_enabled():
             rows = functional.updated_usage(self.proxy_usage, assignments, labels, self.usage_momentum)
             self.proxy_usage[labels] = rows.to(self.proxy_usage.dtype)
         own_usage = self.proxy_usage[labels].to(own.dtype)
 
-        classes = self._pool(similarities)
-        classification = functional.classification_loss(classes, labels, self.scale, self.margin)
         intra = functional.intra_class_entropy(own, self.temperature)
-        inter = functional.inter_class_entropy(classes, self.scale)
         balance = math.log(self.proxies_per_class) + functional.balance(assignments, own_usage)
         if self.collect_stats and len(labels):
             self._record(labels, classification, intra, inter, balance)
@@ -319,6 +323,40 @@ class MultiProxyEntropyLoss(WeightRegularizerMixin, BaseMetricLossFunction):  # 
             + self.intra_weight * intra
             + self.inter_weight * (math.log(self.num_classes) - inter)
             + self.balance_weight * balance
+        )
+
+    def _class_terms(self, embeddings: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Cross-entropy ``(B,)``, inter-class entropy ``(B,)`` and the similarities to the own proxies ``(B, K)``."""
+        dtype = functional.compute_dtype(embeddings, self.proxies)
+        count = self.classes_per_chunk or streaming.chunk_size(
+            len(embeddings), self.num_classes, self.proxies_per_class, dtype
+        )
+        by_products = self._is_product_of_directions(dtype)
+        # A compiler does better on the plain equations; by other distances, so does autograd while all fit at once.
+        if torch.compiler.is_compiling() or (count >= self.num_classes and not by_products):
+            similarities = self._to_all_proxies(embeddings)
+            classes = self._pool(similarities)
+            classification = functional.classification_loss(classes, labels, self.scale, self.margin)
+            inter = functional.inter_class_entropy(classes, self.scale)
+            return classification, inter, similarities[_rows(labels), labels]
+        queries = functional.normalize(embeddings, dtype) if by_products else embeddings.to(dtype)
+        similarity = (
+            streaming.CosineProducts()
+            if by_products
+            else streaming.DistanceCalls(self._similarities, embeddings.device.type)
+        )
+        settings = streaming.Settings(similarity, self.pooling, self.scale, self.temperature, self.margin, count)
+        return streaming.class_terms(queries, self.proxies.to(dtype), labels, settings)
+
+    def _is_product_of_directions(self, dtype: torch.dtype) -> bool:
+        """Whether the similarities are cosines that can do without normalized proxies in memory."""
+        return (
+            _is_plain_cosine(self.distance)
+            and not self.distance.collect_stats  # of which the norms of normalized proxies are a part
+            and self.proxies.dtype == dtype
+            and not torch.is_autocast_enabled(self.proxies.device.type)
+            # Lengths whose squares overflow; on a GPU, looking would make it wait.
+            and (self.proxies.device.type != "cpu" or bool(streaming.lengths(self.proxies).isfinite().all()))
         )
 
     def _to_all_proxies(self, embeddings: Tensor) -> Tensor:

@@ -22,6 +22,10 @@ ARGUMENTS = [
         for value in (0, -1)
     ),
     *(
+        ("classes_per_chunk", value, error, f"classes_per_chunk must be an int of at least 1, got {value!r}")
+        for value, error in ((0, ValueError), (-2, ValueError), (2.0, TypeError), (True, TypeError))
+    ),
+    *(
         (name, value, ValueError, f"{name} must be a finite number above 0, got {value}")
         for name in ("scale", "temperature")
         for value in (0, -1.0, nan, inf)

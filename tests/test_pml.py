@@ -203,6 +203,16 @@ def test_distance_collects_its_own_statistics(batch):
     assert distance.final_avg_ref_norm == pytest.approx(1)
 
 
+def test_subclass_of_cosine_similarity_computes_what_it_says(batch):
+    class Doubled(distances.CosineSimilarity):
+        def compute_mat(self, query_emb, ref_emb):
+            return 2 * super().compute_mat(query_emb, ref_emb)
+
+    plain, doubled = MultiProxyEntropyLoss(3, 8, 4), MultiProxyEntropyLoss(3, 8, 4, distance=Doubled())
+    doubled.load_state_dict(plain.state_dict())
+    torch.testing.assert_close(doubled.get_logits(batch[0]), 2 * plain.get_logits(batch[0]))
+
+
 REDUCERS = {
     "MeanReducer": reducers.MeanReducer,
     "SumReducer": reducers.SumReducer,

@@ -105,8 +105,10 @@ def test_cosine_is_finite_for_proxies_in_low_precision(dtype, proxy_dtype):
     loss_func = MultiProxyEntropyLoss(2, 5, 3).to(proxy_dtype)
     loss_func.proxies.data[0] = 0
     loss_func.proxies.data[1, 0] *= 6e4
-    assert_finite(loss_func, torch.randn(4, 5).to(dtype), torch.tensor([0, 1, 1, 0]))
+    embeddings, labels = torch.randn(4, 5).to(dtype), torch.tensor([0, 1, 1, 0])
+    assert_finite(loss_func, embeddings, labels)
     assert loss_func.proxies.grad.dtype == proxy_dtype
+    assert loss_func(embeddings, labels).dtype == torch.float32
 
 
 OTHER_DISTANCES = {

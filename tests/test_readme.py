@@ -45,7 +45,8 @@ def test_table_of_parameters_holds_every_parameter_and_its_default():
     parameters = inspect.signature(MultiProxyEntropyLoss).parameters.values()
     defaults = {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
     assert documented == {
-        name: default if isinstance(default, str) else f"{default:g}" for name, default in defaults.items()
+        name: f"{default:g}" if isinstance(default, (int, float)) else str(default)
+        for name, default in defaults.items()
     }
 
 

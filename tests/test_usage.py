@@ -75,6 +75,13 @@ def test_is_updated_before_it_is_used(loss_func, batch):
     torch.testing.assert_close(training, other.eval()(embeddings, labels))
 
 
+def test_balance_gives_the_usage_no_gradient():
+    q, u = torch.rand(2, 3).softmax(dim=1).requires_grad_(), torch.rand(2, 3).softmax(dim=1).requires_grad_()
+    functional.balance(q, u).sum().backward()
+    assert u.grad is None
+    torch.testing.assert_close(q.grad, u.detach().log())
+
+
 def test_gradient_treats_usage_as_constant(loss_func, batch):
     embeddings, labels = batch
     loss_func(embeddings, labels).backward()

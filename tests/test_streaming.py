@@ -1,0 +1,231 @@
+"""Some classes at a time, or all at once with the analytic gradient: the same as plain autograd."""
+
+import copy
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from pytorch_metric_learning import distances
+
+from pml_multiproxy import MultiProxyEntropyLoss, _streaming, functional
+
+DISTANCES = {
+    "cosine": distances.CosineSimilarity,
+    "cosine with statistics": lambda: distances.CosineSimilarity(collect_stats=True),
+    "dot product": lambda: distances.DotProductSimilarity(normalize_embeddings=False),
+    "L2": distances.LpDistance,
+    "L1 squared, not normalized": lambda: distances.LpDistance(p=1, power=2, normalize_embeddings=False),
+    "SNR": distances.SNRDistance,
+}
+CASES = {  # classes, proxies per class, classes per chunk
+    "all at once": (7, 3, 7),
+    "more than all": (7, 3, 100),
+    "chunks that do not divide": (7, 3, 3),
+    "one class per chunk": (7, 3, 1),
+    "one proxy": (7, 1, 2),
+    "one class": (1, 3, 1),
+    "two classes": (2, 2, 1),
+}
+
+
+def plain(loss_func):
+    """The same loss by plain autograd on the equations, which is what it compiles from."""
+    loss_func = copy.deepcopy(loss_func)
+
+    def class_terms(embeddings, labels):
+        similarities = loss_func._to_all_proxies(embeddings)
+        classes = loss_func._pool(similarities)
+        return (
+            functional.classification_loss(classes, labels, loss_func.scale, loss_func.margin),
+            functional.inter_class_entropy(classes, loss_func.scale),
+            similarities[torch.arange(len(labels)), labels],
+        )
+
+    loss_func._class_terms = class_terms
+    return loss_func
+
+
+def step(loss_func, embeddings, labels, indices_tuple=None):
+    embeddings = embeddings.detach().clone().requires_grad_()
+    loss = loss_func(embeddings, labels, indices_tuple)
+    loss.backward()
+    return loss.detach(), embeddings.grad, loss_func.proxies.grad, loss_func.proxy_usage.clone()
+
+
+@pytest.mark.parametrize("mined", [False, True])
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("pooling", functional.POOLINGS)
+@pytest.mark.parametrize("distance", DISTANCES)
+def test_equals_plain_autograd(distance, pooling, case, mined):
+    num_classes, per_class, per_chunk = CASES[case]
+    loss_func = MultiProxyEntropyLoss(
+        num_classes,
+        6,
+        per_class,
+        pooling=pooling,
+        margin=0.1,
+        scale=3,
+        temperature=0.3,
+        inter_weight=0.4,
+        distance=DISTANCES[distance](),
+        classes_per_chunk=per_chunk,
+    ).double()
+    embeddings, labels = torch.randn(9, 6, dtype=torch.float64), torch.randint(num_classes, (9,))
+    indices_tuple = (torch.tensor([0, 1]), torch.tensor([2, 1]), torch.tensor([5, 8])) if mined else None
+    expected = step(plain(loss_func), embeddings, labels, indices_tuple)
+    actual = step(loss_func, embeddings, labels, indices_tuple)
+    torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("per_chunk", [2, 7])
+@pytest.mark.parametrize("pooling", functional.POOLINGS)
+def test_float32_is_no_worse_than_plain_autograd(pooling, per_chunk):
+    """Up to the noise of rounding: mean error against float64, over several batches, with large logits."""
+    errors = {"ours": torch.zeros(3), "plain": torch.zeros(3)}
+    for seed in range(30):
+        torch.manual_seed(seed)
+        loss_func = MultiProxyEntropyLoss(7, 16, 3, pooling=pooling, scale=64, classes_per_chunk=per_chunk)
+        embeddings, labels = torch.randn(32, 16), torch.randint(7, (32,))
+        exact = step(plain(copy.deepcopy(loss_func).double()), embeddings.double(), labels)
+        for name, other in (("plain", plain(loss_func)), ("ours", loss_func)):
+            values = step(other, embeddings, labels)
+            errors[name] += torch.stack([(v - e).abs().mean() for v, e in zip(values[:3], exact[:3], strict=True)])
+    assert (errors["ours"] <= 1.6 * errors["plain"]).all(), errors
+
+
+@pytest.mark.parametrize("pooling", functional.POOLINGS)
+@pytest.mark.parametrize("distance", ["cosine", "L2"])
+def test_gradcheck(distance, pooling):
+    loss_func = MultiProxyEntropyLoss(
+        5,
+        4,
+        3,
+        pooling=pooling,
+        margin=0.1,
+        scale=3,
+        temperature=0.3,
+        distance=DISTANCES[distance](),
+        classes_per_chunk=2,
+    )
+    loss_func.double().eval()
+    embeddings, labels = torch.randn(6, 4, dtype=torch.float64, requires_grad=True), torch.arange(6) % 5
+
+    def loss(x, w):
+        return torch.func.functional_call(loss_func, {"proxies": w}, (x, labels))
+
+    assert torch.autograd.gradcheck(loss, (embeddings, loss_func.proxies))
+
+
+@pytest.mark.parametrize("per_chunk", [1, 3])
+@pytest.mark.parametrize("distance", ["cosine", "L2"])
+def test_backward_twice_gives_the_same_gradient_twice(distance, per_chunk, batch):
+    loss_func = MultiProxyEntropyLoss(3, 8, 4, distance=DISTANCES[distance](), classes_per_chunk=per_chunk)
+    loss = loss_func(*batch)
+    loss.backward(retain_graph=True)
+    first = loss_func.proxies.grad.clone(), batch[0].grad.clone()
+    loss.backward()
+    torch.testing.assert_close((loss_func.proxies.grad, batch[0].grad), tuple(2 * gradient for gradient in first))
+
+
+def test_differentiating_twice_is_refused(loss_func, batch):
+    (gradient,) = torch.autograd.grad(loss_func(*batch), batch[0], create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        gradient.sum().backward()
+
+
+@pytest.mark.parametrize("per_chunk", [1, 2])
+def test_autocast(per_chunk, batch):
+    """In bfloat16 the products are rounded, in backward as in forward."""
+    loss_func = MultiProxyEntropyLoss(3, 8, 4, classes_per_chunk=per_chunk).eval()
+    with torch.autocast("cpu", torch.bfloat16):
+        actual = step(loss_func, *batch)
+        expected = step(plain(loss_func), *batch)
+    assert actual[0].dtype == torch.float32
+    torch.testing.assert_close(actual[:2], expected[:2], rtol=0.02, atol=0.02)
+    rounded = functional.normalize(batch[0]).bfloat16() @ functional.normalize(loss_func.proxies[0]).bfloat16().T
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(loss_func._similarities(batch[0], loss_func.proxies[0]), rounded.float())
+
+
+@pytest.mark.parametrize("per_chunk", [2, 7])
+@pytest.mark.parametrize("length", [1e-9, 1e-3, 1e3, 1e18, 1e30])
+def test_cosine_does_not_depend_on_lengths(length, per_chunk):
+    loss_func = MultiProxyEntropyLoss(7, 6, 3, classes_per_chunk=per_chunk).eval()
+    embeddings, labels = torch.randn(9, 6), torch.randint(7, (9,))
+    expected = step(loss_func, embeddings, labels)
+    longer = copy.deepcopy(loss_func)
+    longer.proxies.grad = None
+    longer.proxies.data[1:3] *= length
+    loss, of_embeddings, of_proxies, _ = step(longer, embeddings * length, labels)
+    torch.testing.assert_close(loss, expected[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(of_embeddings * length, expected[1], rtol=1e-3, atol=1e-5)
+    of_proxies[1:3] *= length
+    torch.testing.assert_close(of_proxies, expected[2], rtol=1e-3, atol=1e-5)
+
+
+@given(
+    seed=st.integers(0, 2**31 - 1), exponent=st.integers(-30, 30), pooling=st.sampled_from(list(functional.POOLINGS))
+)
+def test_is_finite_where_similarities_are_large(seed, exponent, pooling):
+    torch.manual_seed(seed)
+    loss_func = MultiProxyEntropyLoss(
+        5, 4, 3, pooling=pooling, distance=DISTANCES["dot product"](), classes_per_chunk=2, scale=2, temperature=1
+    )
+    values = step(loss_func, torch.randn(6, 4) * 10.0**exponent, torch.randint(5, (6,)))
+    assert all(value.isfinite().all() for value in values)
+
+
+def test_rows_that_are_not_finite_do_not_touch_the_losses_of_others():
+    loss_func = MultiProxyEntropyLoss(5, 4, 3, classes_per_chunk=2).eval()
+    embeddings, labels = torch.randn(6, 4), torch.randint(5, (6,))
+    expected = loss_func.compute_loss(embeddings, labels, None)["loss"]["losses"]
+    embeddings[2] = float("nan")
+    losses = loss_func.compute_loss(embeddings, labels, None)["loss"]["losses"]
+    assert losses[2].isnan()
+    torch.testing.assert_close(losses[[0, 1, 3, 4, 5]], expected[[0, 1, 3, 4, 5]])
+
+
+def test_empty_batch():
+    loss_func = MultiProxyEntropyLoss(5, 4, 3, classes_per_chunk=2)
+    losses = loss_func.compute_loss(torch.zeros(0, 4), torch.zeros(0, dtype=torch.long), None)["loss"]["losses"]
+    losses.sum().backward()
+    assert losses.shape == (0,)
+    assert loss_func.proxies.grad.eq(0).all()
+
+
+def test_chunks_are_chosen_by_the_sizes_alone():
+    assert _streaming.chunk_size(256, 11318, 5, torch.float32) == 11318  # 58 MB
+    assert _streaming.chunk_size(256, 100_000, 10, torch.float32) == 2**23 // (256 * 10 * 4)
+    assert _streaming.chunk_size(10**9, 10, 10, torch.float32) == 1
+    assert _streaming.chunk_size(0, 10, 10, torch.float32) == 10
+
+
+MEMORY = """
+import torch
+from pml_multiproxy import MultiProxyEntropyLoss
+
+def peak(what):
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) / 1024 for line in status if line.startswith(what))
+
+torch.set_num_threads(2)
+MultiProxyEntropyLoss(10, 64, 10)(torch.randn(256, 64, requires_grad=True), torch.zeros(256).long()).backward()
+loss_func = MultiProxyEntropyLoss(40_000, 64, 10)
+embeddings, labels = torch.randn(256, 64, requires_grad=True), torch.randint(40_000, (256,))
+with open("/proc/self/clear_refs", "w") as file:
+    file.write("5")
+before = peak("VmRSS")
+loss_func(embeddings, labels).backward()
+print(peak("VmHWM") - before - loss_func.proxies.numel() * 4 / 2**20)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_memory_of_streaming():
+    """400,000 proxies, whose similarities to the batch take 390 MB: beyond their gradient, under 120 MB."""
+    extra = float(subprocess.run([sys.executable, "-c", MEMORY], check=True, capture_output=True, text=True).stdout)
+    assert 0 < extra < 120

@@ -151,8 +151,9 @@ class _Others:
         maximum = torch.maximum(self.maximum, logits.amax(dim=1))
         shift = self.maximum - maximum
         self.t += shift * self.z
-        self.t *= shift.exp()
-        self.z *= shift.exp()
+        rescaled = shift.exp()
+        self.t *= rescaled
+        self.z *= rescaled
         self.maximum = maximum
         logits.sub_(maximum.unsqueeze(1))
         exponentials = logits.exp()

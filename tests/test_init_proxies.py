@@ -29,7 +29,7 @@ def clusters(per_cluster=20, spread=0.05):
 def test_finds_the_clusters(library):
     embeddings, labels, centers = clusters()
     loss_func = MultiProxyEntropyLoss(2, 8, 4)
-    loss_func.init_proxies(embeddings * torch.rand(len(labels), 1).add(0.5), labels)
+    loss_func.init_proxies(embeddings * 100 ** torch.rand(len(labels), 1), labels)  # lengths do not matter
     similarities = loss_func.proxies @ centers.mT
     assert (similarities.amax(dim=2) > 0.99).all()
     assert (similarities.amax(dim=1) > 0.99).all()

@@ -3,8 +3,19 @@ from importlib import metadata
 import pytest
 import pytorch_metric_learning
 import torch
+from hypothesis import HealthCheck, settings
 
 from pml_multiproxy import MultiProxyEntropyLoss
+
+settings.register_profile(
+    "ours",
+    max_examples=60,
+    deadline=None,
+    derandomize=True,
+    # The seed of torch is set once per test, and each example sets its own.
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+settings.load_profile("ours")
 
 
 def pytest_report_header():

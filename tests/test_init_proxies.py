@@ -6,6 +6,8 @@ import sys
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from pytorch_metric_learning import distances
 
 from pml_multiproxy import MultiProxyEntropyLoss, _kmeans
@@ -46,6 +48,25 @@ def test_usage_is_the_share_of_samples(library):
         counts = torch.tensor([(proxies[labels == c] == k).sum() for k in range(4)])
         torch.testing.assert_close(loss_func.proxy_usage[c], counts / counts.sum())
         assert (counts > 0).all()
+
+
+@given(
+    seed=st.integers(0, 2**31 - 1),
+    counts=st.lists(st.integers(0, 12), min_size=1, max_size=3),
+    per_class=st.integers(1, 5),
+    distinct=st.integers(1, 12),
+)
+def test_any_numbers_of_samples(seed, counts, per_class, distinct):
+    torch.manual_seed(seed)
+    loss_func = MultiProxyEntropyLoss(len(counts), 4, per_class)
+    before = loss_func.proxies.detach().clone()
+    labels = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+    loss_func.init_proxies(torch.randn(distinct, 4)[torch.randint(distinct, (len(labels),))], labels)
+    torch.testing.assert_close(loss_func.proxies.norm(dim=2), torch.ones(len(counts), per_class))
+    torch.testing.assert_close(loss_func.proxy_usage.sum(dim=1), torch.ones(len(counts)))
+    for c, count in enumerate(counts):
+        assert loss_func.proxies[c].equal(before[c]) == (count == 0)
+        assert len(loss_func.proxies[c].unique(dim=0)) == per_class
 
 
 def test_keeps_the_lengths_where_the_distance_does(library):

@@ -6,6 +6,8 @@ import re
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from pytorch_metric_learning import distances, losses, trainers
 from torch.utils.data import TensorDataset
 
@@ -63,6 +65,22 @@ def test_definition(distance, margin, with_references):
     assert pairs(MultiProxyMiner(loss_func, margin)(embeddings, labels, *given)) == expected
     assert expected[0]
     assert expected[1]
+
+
+@given(
+    seed=st.integers(0, 2**31 - 1),
+    batch=st.integers(0, 9),
+    classes=st.integers(1, 4),
+    per_class=st.integers(1, 4),
+    margin=st.floats(-1, 1),
+)
+@torch.no_grad()
+def test_definition_for_any_sizes(seed, batch, classes, per_class, margin):
+    torch.manual_seed(seed)
+    loss_func = MultiProxyEntropyLoss(classes, 3, per_class).double()
+    embeddings, labels = torch.randn(batch, 3).double(), torch.randint(classes, (batch,))
+    expected = mine_by_hand(loss_func, margin, embeddings, labels, embeddings, labels)
+    assert pairs(MultiProxyMiner(loss_func, margin)(embeddings, labels)) == expected
 
 
 @torch.no_grad()

@@ -5,21 +5,11 @@ import math
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from pytorch_metric_learning import distances
 
 from pml_multiproxy import MultiProxyEntropyLoss, functional
-
-settings.register_profile(
-    "ours",
-    max_examples=60,
-    deadline=None,
-    derandomize=True,
-    # The seed of torch is set once per test, and each example sets its own.
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
-settings.load_profile("ours")
 
 seeds = st.integers(0, 2**31 - 1)
 sizes = st.integers(1, 6)

@@ -13,7 +13,7 @@ import pytest
 import pytorch_metric_learning
 import reference
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from pytorch_metric_learning import distances, reducers
 from pytorch_metric_learning import losses as pml_losses
@@ -152,20 +152,12 @@ def test_distances_called_by_chunks_equal_the_native_ones(native, general, per_c
     torch.testing.assert_close(*gradients)
 
 
-ours = settings(
-    max_examples=40,
-    deadline=None,
-    derandomize=True,
-    # The seed of torch is set once per test, and each example sets its own.
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
 seeds = st.integers(0, 2**31 - 1)
 sizes = st.integers(1, 5)
 spreads = st.sampled_from([1e-6, 1e-3, 0.1, 1.0, 10.0])
 
 
 @pytest.mark.parametrize("distance", DISTANCES)
-@ours
 @given(seed=seeds, classes=sizes, per_class=sizes, spread=spreads, temperature=st.floats(1e-2, 1e2))
 def test_is_the_min_entropy_of_the_assignment(distance, seed, classes, per_class, spread, temperature):
     torch.manual_seed(seed)
@@ -184,7 +176,6 @@ def test_is_the_min_entropy_of_the_assignment(distance, seed, classes, per_class
 
 
 @pytest.mark.parametrize("distance", DISTANCES)
-@ours
 @given(seed=seeds, classes=sizes, per_class=sizes)
 def test_order_of_classes_and_siblings_does_not_matter(distance, seed, classes, per_class):
     torch.manual_seed(seed)
@@ -200,7 +191,6 @@ def test_order_of_classes_and_siblings_does_not_matter(distance, seed, classes, 
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
-@ours
 @given(data=st.data(), seed=seeds, classes=sizes, per_class=sizes, same_direction=st.booleans())
 def test_cosine_is_finite_for_every_finite_input(dtype, data, seed, classes, per_class, same_direction):
     torch.manual_seed(seed)

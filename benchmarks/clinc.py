@@ -4,6 +4,7 @@ The features are frozen sentence embeddings; what is trained is a residual head 
 every loss starts from the frozen features and has to do better than them.
 """
 
+import argparse
 import csv
 import platform
 from datetime import date
@@ -18,6 +19,13 @@ from tqdm import tqdm
 RESULTS = Path(__file__).parent / "results"
 FILE = "clinc150_minilm.npz"
 SIZE = 384
+
+
+def make_parser(description, seeds):
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True, metavar="DIR", help=f"where {FILE} lies")
+    parser.add_argument("--seeds", type=int, default=seeds, metavar="N", help="default: %(default)s")
+    return parser
 
 
 class Data:

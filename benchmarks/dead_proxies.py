@@ -7,10 +7,8 @@ nearest proxies, mean over the classes; "used" counts the proxies with at least 
 results/dead_proxies.csv, one row per run, goes on from what it holds, and makes results/dead_proxies.md of it.
 """
 
-import argparse
-
 import torch
-from clinc import SIZE, Data, ResidualHead, make_optimizer, map_at_r, publish, run_all, train
+from clinc import SIZE, Data, ResidualHead, make_optimizer, make_parser, map_at_r, publish, run_all, train
 
 from pml_multiproxy.losses import MultiProxyEntropyLoss
 
@@ -45,10 +43,7 @@ def spread(features, labels, head, loss_func):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", required=True, metavar="DIR", help="where clinc150_minilm.npz lies")
-    parser.add_argument("--seeds", type=int, default=2, metavar="N", help="default: %(default)s")
-    args = parser.parse_args()
+    args = make_parser(__doc__, seeds=2).parse_args()
     data = Data(args.data)
 
     def run(seed, classes, settings, proxies_per_class=10, batch_size=128, epochs=10, lr=1e-3, proxies_lr=1e-2):

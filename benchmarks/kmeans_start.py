@@ -3,9 +3,7 @@
 Writes results/kmeans_start.csv, one row per run, goes on from what it holds, and makes results/kmeans_start.md of it.
 """
 
-import argparse
-
-from clinc import SIZE, Data, ResidualHead, make_optimizer, map_at_r, publish, run_all, train
+from clinc import SIZE, Data, ResidualHead, make_optimizer, make_parser, map_at_r, publish, run_all, train
 
 from pml_multiproxy.losses import MultiProxyEntropyLoss
 
@@ -16,10 +14,7 @@ CONFIGURATIONS = {
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", required=True, metavar="DIR", help="where clinc150_minilm.npz lies")
-    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="default: %(default)s")
-    args = parser.parse_args()
+    args = make_parser(__doc__, seeds=3).parse_args()
     data = Data(args.data)
 
     def run(seed, proxies_per_class, start):

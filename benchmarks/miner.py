@@ -4,9 +4,7 @@ MultiSimilarityLoss alone, MultiProxyEntropyLoss alone, and both together with t
 row per run, goes on from what it holds, and makes results/miner.md of it.
 """
 
-import argparse
-
-from clinc import SIZE, Data, ResidualHead, make_optimizer, map_at_r, publish, run_all, train
+from clinc import SIZE, Data, ResidualHead, make_optimizer, make_parser, map_at_r, publish, run_all, train
 from pytorch_metric_learning.losses import MultipleLosses, MultiSimilarityLoss
 
 from pml_multiproxy.losses import MultiProxyEntropyLoss
@@ -31,9 +29,7 @@ def joined(proxies_per_class, weight, how):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", required=True, metavar="DIR", help="where clinc150_minilm.npz lies")
-    parser.add_argument("--seeds", type=int, default=5, metavar="N", help="default: %(default)s")
+    parser = make_parser(__doc__, seeds=5)
     parser.add_argument("--epochs", type=int, default=10, metavar="N", help="default: %(default)s")
     args = parser.parse_args()
     data = Data(args.data)

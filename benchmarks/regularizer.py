@@ -4,10 +4,8 @@
 per run, goes on from what it holds, and makes results/regularizer.md of it.
 """
 
-import argparse
-
 import torch
-from clinc import SIZE, Data, ResidualHead, make_optimizer, map_at_r, publish, run_all, train
+from clinc import SIZE, Data, ResidualHead, make_optimizer, make_parser, map_at_r, publish, run_all, train
 from pytorch_metric_learning.losses import SoftTripleLoss
 
 from pml_multiproxy.losses import MultiProxyEntropyLoss
@@ -43,10 +41,7 @@ def sibling_cosine(loss_func):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", required=True, metavar="DIR", help="where clinc150_minilm.npz lies")
-    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="default: %(default)s")
-    args = parser.parse_args()
+    args = make_parser(__doc__, seeds=3).parse_args()
     data = Data(args.data)
 
     def run(seed, make_loss, weight):

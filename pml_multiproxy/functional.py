@@ -208,6 +208,24 @@ def entropy(logits: Tensor) -> Tensor:
     return (log_probabilities.exp() * -log_probabilities).sum(dim=-1)
 
 
+def perplexity(distributions: Tensor) -> Tensor:
+    r"""Over how many outcomes each row is spread.
+
+    .. math:: \exp H(p) = \exp\Big(-\sum_j p_j \log p_j\Big)
+
+    Args:
+        distributions: ``(B, N)``, rows sum to 1, zeros allowed.
+
+    Returns:
+        ``(B,)``, from 1 to :math:`N`.
+
+    >>> perplexity(torch.tensor([[0.25, 0.25, 0.25, 0.25], [0.0, 0.0, 1.0, 0.0]]))
+    tensor([4., 1.])
+    """
+    spread: Tensor = torch.special.entr(distributions).sum(dim=-1).exp()
+    return spread
+
+
 def inter_class_entropy(class_similarities: Tensor, scale: float) -> Tensor:
     r"""Entropy of the class distribution. Maximised, it keeps that distribution smooth.
 

@@ -393,7 +393,7 @@ class MultiProxyEntropyLoss(WeightRegularizerMixin, BaseMetricLossFunction):  # 
         of_classes = information.new_zeros(len(classes)).index_add(0, position, information)
         effective = (of_classes / position.bincount()).exp()
         in_use = self.proxy_usage >= IN_USE / self.proxies_per_class
-        perplexity = torch.special.entr(self.proxy_usage).sum(dim=1).exp()
+        perplexity = functional.perplexity(self.proxy_usage)
         values = (classification, intra, inter, balance, in_use, perplexity, effective, effective.min())
         # One transfer from the device for all of them.
         means = torch.stack([value.to(intra.dtype).mean() for value in values]).tolist()

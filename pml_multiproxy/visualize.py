@@ -210,7 +210,7 @@ def plot_usage(
     for widths, lefts, shade in zip(usage.T.numpy(), starts.T.numpy(), shades, strict=True):
         # The edges of the narrowest bars would cover them.
         ax.barh(rows, widths, left=lefts, color=shade, edgecolor="white", linewidth=np.where(widths > 0.005, 0.5, 0))
-    for row, perplexity in enumerate(torch.special.entr(usage).sum(dim=1).exp().tolist()):
+    for row, perplexity in enumerate(functional.perplexity(usage).tolist()):
         ax.text(1.01, row, f"{perplexity:.1f}", va="center")
     ax.set(xlim=(0, 1), ylim=(len(shown) - 0.4, -0.6), ylabel="class")
     ax.set_yticks(rows, [str(label) for label in shown])

@@ -58,16 +58,13 @@ class ResidualHead(nn.Module):
         return x + self.second(torch.relu(self.first(x)))
 
 
-def train(features, labels, head, loss_func, optimizer, epochs, batch_size=128, after_step=None, after_epoch=None):
-    """``loss_func(embeddings, labels)`` over shuffled batches, and ``after_step(embeddings, labels)``."""
+def train(features, labels, head, loss_func, optimizer, epochs, batch_size=128, after_epoch=None):
+    """``loss_func(embeddings, labels)`` over shuffled batches, and ``after_epoch(epoch)``."""
     for epoch in range(1, epochs + 1):
         for batch in torch.randperm(len(features)).split(batch_size):
             optimizer.zero_grad()
-            embeddings = head(features[batch])
-            loss_func(embeddings, labels[batch]).backward()
+            loss_func(head(features[batch]), labels[batch]).backward()
             optimizer.step()
-            if after_step:
-                after_step(embeddings.detach(), labels[batch])
         if after_epoch:
             after_epoch(epoch)
 

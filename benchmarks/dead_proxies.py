@@ -3,16 +3,12 @@
 On the features and the network of clinc.py: its ten domains as classes, with a batch of 16 (1.6 samples of each class)
 and ten proxies, and with a batch of 128 and thirty proxies; its 150 intents as classes, with a batch of 128 (0.85
 samples of each class) and ten proxies. "Perplexity" is exp of the entropy of how the training samples spread over their
-nearest proxies, mean over the classes; "used" counts the proxies with at least a tenth of an even share. Re-seeding, as
-known from the codebooks of vector quantization, moves a dead proxy onto a sample of the batch after each step. Writes
+nearest proxies, mean over the classes; "used" counts the proxies with at least a tenth of an even share. Writes
 results/dead_proxies.csv, one row per run, goes on from what it holds, and makes results/dead_proxies.md of it.
 """
 
-from functools import partial
-
 import torch
 from clinc import SIZE, Data, ResidualHead, make_optimizer, make_parser, map_at_r, publish, run_all, train
-from torch import nn
 
 from pml_multiproxy import functional
 from pml_multiproxy.losses import MultiProxyEntropyLoss
@@ -27,30 +23,17 @@ REMEDIES = {
     "k-means": {"k_means": True},
     "temperature=0.1": {"temperature": 0.1},
     "usage_momentum=0.99": {"usage_momentum": 0.99},
-    "re-seeding": {"reseed": True},
+    "reseed_below=0.1": {"reseed_below": 0.1},
     "balance_weight=1": {"balance_weight": 1.0},
     "balance_weight=1, k-means": {"balance_weight": 1.0, "k_means": True},
+    "balance_weight=1, reseed_below=0.1": {"balance_weight": 1.0, "reseed_below": 0.1},
+    "k-means, reseed_below=0.1": {"k_means": True, "reseed_below": 0.1},
 }
 CONFIGURATIONS = {
     f"{case}: {remedy}": {**CASES[case], "settings": settings}
     for case in CASES
     for remedy, settings in REMEDIES.items()
 }
-
-
-@torch.no_grad()
-def reseed(loss_func, embeddings, labels):
-    """Moves one dead proxy of each class in the batch onto a sample, and gives it an even share of the usage."""
-    even = 1 / loss_func.proxies_per_class
-    for c in labels.unique().tolist():
-        usage = loss_func.proxy_usage[c]
-        dead = (usage < 0.1 * even).nonzero().squeeze(1)
-        if len(dead):
-            samples, k = embeddings[labels == c], dead[torch.randint(len(dead), ())]
-            loss_func.proxies[c, k] = nn.functional.normalize(samples[torch.randint(len(samples), ())], dim=0)
-            usage *= 1 - even
-            usage[k] += even
-            usage /= usage.sum()
 
 
 @torch.no_grad()
@@ -64,20 +47,19 @@ def spread(features, labels, head, loss_func):
 
 
 def main():
-    args = make_parser(__doc__, seeds=2).parse_args()
+    args = make_parser(__doc__, seeds=3).parse_args()
     data = Data(args.data)
 
     def run(seed, classes, settings, proxies_per_class=10, batch_size=128, epochs=10, lr=1e-3, proxies_lr=1e-2):
         labels = data.domain_train if classes == "domain" else data.intent_train
         settings = dict(settings)
-        k_means, reseeding = settings.pop("k_means", False), settings.pop("reseed", False)
+        k_means = settings.pop("k_means", False)
         head = ResidualHead()
         loss_func = MultiProxyEntropyLoss(len(labels.unique()), SIZE, proxies_per_class, **settings)
         if k_means:
             loss_func.init_proxies(data.x_train, labels)
         optimizer = make_optimizer(head, loss_func, lr, proxies_lr)
-        after_step = partial(reseed, loss_func) if reseeding else None
-        train(data.x_train, labels, head, loss_func, optimizer, epochs, batch_size, after_step)
+        train(data.x_train, labels, head, loss_func, optimizer, epochs, batch_size)
         return {**spread(data.x_train, labels, head, loss_func), "map_at_r": map_at_r(data, head)}
 
     rows = run_all("dead_proxies", CONFIGURATIONS, args.seeds, run)

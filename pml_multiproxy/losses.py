@@ -14,6 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from . import _kmeans as kmeans
+from . import _reseeding as reseeding
 from . import _streaming as streaming
 from . import _validation as check
 from . import functional
@@ -64,6 +65,11 @@ class MultiProxyEntropyLoss(WeightRegularizerMixin, BaseMetricLossFunction):  # 
     In ``train()`` mode with gradients enabled, each call first updates the usage with the batch, then uses it. In
     ``eval()`` mode or without gradients it only uses it.
 
+    With ``reseed_below`` > 0, such a call begins by moving dead proxies: in each class of the batch that has a proxy
+    with less than this part of an even share :math:`1/K` of the usage, one of them, by lot, goes onto one sample of the
+    class, by lot, and gets an even share. Parameters change in place, so call ``backward`` before the next call. A
+    frozen parameter (``requires_grad=False``) stays.
+
     Sources. Intra- and inter-class entropy: Yu, Zhang, Li, Zhang, *Multi-Proxy Learning from an Entropy Optimization
     Perspective*, IJCAI 2022, pp. 1594-1600, doi:10.24963/ijcai.2022/222. Only its abstract and the caption of its
     Figure 1 were available to us: the equations are our reading of them, not a copy, and ``balance_weight=0`` is our
@@ -85,6 +91,8 @@ class MultiProxyEntropyLoss(WeightRegularizerMixin, BaseMetricLossFunction):  # 
         inter_weight: :math:`\lambda_\mathrm{inter}` >= 0.
         balance_weight: :math:`\lambda_\mathrm{balance}` >= 0.
         usage_momentum: how much of the usage one sample of a class leaves as it was, from 0 to 1.
+        reseed_below: each training call first moves, in each class of the batch, one proxy whose usage is below this
+            part of an even share onto a sample of the class, from 0 (never) to below 1; 0.1 is a good first try.
         classes_per_chunk: how many classes to compute at a time, exactly: fewer take less memory, and more time in
             backward, which then computes similarities once more. ``None``: all, while their similarities
             (``B * C * K`` numbers) take at most 256 MiB, else as many as take 8 MiB.
@@ -146,6 +154,7 @@ class MultiProxyEntropyLoss(WeightRegularizerMixin, BaseMetricLossFunction):  # 
         inter_weight: float = 0.1,
         balance_weight: float = 0.5,
         usage_momentum: float = 0.9,
+        reseed_below: float = 0.0,
         classes_per_chunk: int | None = None,
         **kwargs: Any,
     ) -> None:
@@ -161,6 +170,10 @@ class MultiProxyEntropyLoss(WeightRegularizerMixin, BaseMetricLossFunction):  # 
         self.inter_weight = check.not_negative("inter_weight", inter_weight)
         self.balance_weight = check.not_negative("balance_weight", balance_weight)
         self.usage_momentum = check.real("usage_momentum", usage_momentum, "a number from 0 to 1", low=0.0, high=1.0)
+        below_one = math.nextafter(1.0, 0.0)
+        self.reseed_below = check.real(
+            "reseed_below", reseed_below, "a number from 0 to below 1", low=0.0, high=below_one
+        )
         self.classes_per_chunk = classes_per_chunk
         if classes_per_chunk is not None:
             self.classes_per_chunk = check.positive_int("classes_per_chunk", classes_per_chunk)
@@ -184,6 +197,7 @@ class MultiProxyEntropyLoss(WeightRegularizerMixin, BaseMetricLossFunction):  # 
                 "inter_weight",
                 "balance_weight",
                 "usage_momentum",
+                "reseed_below",
             ],
             is_stat=False,
         )
@@ -211,6 +225,9 @@ class MultiProxyEntropyLoss(WeightRegularizerMixin, BaseMetricLossFunction):  # 
         self, embeddings: Tensor, labels: Tensor, indices_tuple: tuple[Tensor, ...] | None, *_: Any
     ) -> dict[str, dict[str, Any]]:
         """PML's hook: one loss per sample, and the weight regularization."""
+        if self.reseed_below and self._learns() and self.proxies.requires_grad:
+            points = self._points(embeddings.detach())
+            reseeding.reseed_(self.proxies, self.proxy_usage, points, labels, self.reseed_below)
         losses = self._losses(embeddings, labels)
         loss_dict = {
             "loss": {
@@ -291,8 +308,7 @@ class MultiProxyEntropyLoss(WeightRegularizerMixin, BaseMetricLossFunction):  # 
         labels = check.labels(labels, len(embeddings), self.num_classes).to(embeddings.device)
         if not embeddings.isfinite().all():
             raise ValueError("embeddings must be finite, got NaN or infinite values")
-        directions = self.distance.normalize_embeddings
-        points = functional.normalize(embeddings, torch.float32) if directions else embeddings.float()
+        directions, points = self.distance.normalize_embeddings, self._points(embeddings).float()
         for c in tqdm(torch.unique(labels).tolist(), desc="k-means per class", delay=2):
             of_class = labels == c
             centroids = kmeans.centroids(points[of_class].cpu(), self.proxies_per_class, spherical=directions)
@@ -306,10 +322,17 @@ class MultiProxyEntropyLoss(WeightRegularizerMixin, BaseMetricLossFunction):  # 
     def get_default_weight_init_func(self) -> Callable[[Tensor], None]:
         return _unit_directions_
 
+    def _learns(self) -> bool:
+        return self.training and torch.is_grad_enabled()
+
+    def _points(self, embeddings: Tensor) -> Tensor:
+        """Where proxies should lie that stand for these embeddings."""
+        return functional.normalize(embeddings) if self.distance.normalize_embeddings else embeddings
+
     def _losses(self, embeddings: Tensor, labels: Tensor) -> Tensor:
         classification, inter, own = self._class_terms(embeddings, labels)
         assignments = functional.assignment(own, self.temperature)
-        if self.training and torch.is_grad_enabled():
+        if self._learns():
             rows = functional.updated_usage(self.proxy_usage, assignments, labels, self.usage_momentum)
             self.proxy_usage[labels] = rows.to(self.proxy_usage.dtype)
         own_usage = self.proxy_usage[labels].to(own.dtype)

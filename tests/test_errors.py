@@ -41,12 +41,17 @@ ARGUMENTS = [
         for value in (-0.1, 1.1, nan)
     ),
     *(
+        ("reseed_below", value, ValueError, f"reseed_below must be a number from 0 to below 1, got {value}")
+        for value in (-0.1, 1.0, nan)
+    ),
+    *(
         (name, value, TypeError, f"{name} must be {allowed}, got {value!r} of type {type(value).__name__}")
         for name, allowed in (
             ("scale", "a finite number above 0"),
             ("margin", "a finite number"),
             ("balance_weight", "a finite number of at least 0"),
             ("usage_momentum", "a number from 0 to 1"),
+            ("reseed_below", "a number from 0 to below 1"),
         )
         for value in ("1", None, True)
     ),

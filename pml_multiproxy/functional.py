@@ -15,7 +15,9 @@ Entropies are in nats. The functions compute in the dtype that they are given; :
 loss gives them.
 """
 
+import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -89,6 +91,8 @@ def assignment(own_similarities: Tensor, temperature: float) -> Tensor:
 def pool_max(similarities: Tensor, scale: float, temperature: float) -> Tensor:
     r"""Class similarity by the nearest proxy: :math:`z_i(c) = \max_k s(x_i, w_{ck})`.
 
+    Proxies that are equally near share the gradient, so that it does not depend on their order.
+
     Args:
         similarities: ``(B, C, K)``.
         scale: not used; there so that the poolings are exchangeable.
@@ -100,7 +104,7 @@ def pool_max(similarities: Tensor, scale: float, temperature: float) -> Tensor:
     >>> pool_max(torch.tensor([[[0.1, 0.7], [0.2, 0.3]]]), scale=10.0, temperature=0.1)
     tensor([[0.7000, 0.3000]])
     """
-    return similarities.max(dim=-1).values
+    return similarities.amax(dim=-1)
 
 
 def pool_softmax(similarities: Tensor, scale: float, temperature: float) -> Tensor:
@@ -324,3 +328,59 @@ def balance(assignments: Tensor, own_usage: Tensor) -> Tensor:
     tensor([-0.6931])
     """
     return (assignments * own_usage.detach().clamp_min(MIN_USAGE).log()).sum(dim=-1)
+
+
+class Terms(NamedTuple):
+    """What the loss of a sample is made of: each ``(B,)``, in nats.
+
+    Of :func:`classification_loss`, :func:`intra_class_entropy`, :func:`inter_class_entropy`, :func:`balance`.
+
+    >>> Terms(torch.tensor([1.0]), torch.tensor([0.5]), torch.tensor([0.25]), torch.tensor([-0.5])).inter
+    tensor([0.2500])
+    """
+
+    classification: Tensor
+    intra: Tensor
+    inter: Tensor
+    balance: Tensor
+
+
+class Weights(NamedTuple):
+    r"""Of the terms: :math:`\lambda_\mathrm{intra}, \lambda_\mathrm{inter}, \lambda_\mathrm{balance}`, at least 0.
+
+    >>> Weights(intra=0.5, inter=0.1, balance=0.5).inter
+    0.1
+    """
+
+    intra: float
+    inter: float
+    balance: float
+
+
+def sample_loss(terms: Terms, weights: Weights, num_classes: int, proxies_per_class: int) -> Tensor:
+    r"""The loss of each sample.
+
+    .. math::
+
+        \ell_i = \mathrm{CE}_i + \lambda_\mathrm{intra} H_\mathrm{intra}(i)
+        + \lambda_\mathrm{inter} \big(\log C - H_\mathrm{inter}(i)\big)
+        + \lambda_\mathrm{balance} \Big(\log K + \sum_k q_i(k) \log u_{y_i}(k)\Big)
+
+    Args:
+        terms: each ``(B,)``.
+        weights: of all but the first.
+        num_classes: :math:`C`.
+        proxies_per_class: :math:`K`.
+
+    Returns:
+        ``(B,)``, in nats. The constants make the mean of each term at least 0, over the samples that the usage is the
+        mean of; the loss of a single sample may be negative.
+
+    >>> terms = Terms(*torch.tensor([[1.0], [0.5], [0.25], [-0.5]]))
+    >>> sample_loss(terms, Weights(intra=1.0, inter=1.0, balance=1.0), num_classes=1, proxies_per_class=1)
+    tensor([0.7500])
+    """
+    loss = torch.add(terms.classification, terms.intra, alpha=weights.intra)
+    loss = torch.sub(loss, terms.inter, alpha=weights.inter)
+    loss = torch.add(loss, terms.balance, alpha=weights.balance)
+    return loss + (weights.inter * math.log(num_classes) + weights.balance * math.log(proxies_per_class))

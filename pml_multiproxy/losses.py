@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from . import _reseeding as reseeding
 from . import _streaming as streaming
 from . import _validation as check
 from . import functional
+from ._similarities import CosineProducts, DistanceCalls, Similarity
 
 __all__ = ["MultiProxyEntropyLoss"]
 
@@ -330,57 +332,80 @@ class MultiProxyEntropyLoss(WeightRegularizerMixin, BaseMetricLossFunction):  # 
         return functional.normalize(embeddings) if self.distance.normalize_embeddings else embeddings
 
     def _losses(self, embeddings: Tensor, labels: Tensor) -> Tensor:
-        classification, inter, own = self._class_terms(embeddings, labels)
-        assignments = functional.assignment(own, self.temperature)
-        if self._learns():
-            rows = functional.updated_usage(self.proxy_usage, assignments, labels, self.usage_momentum)
-            self.proxy_usage[labels] = rows.to(self.proxy_usage.dtype)
-        own_usage = self.proxy_usage[labels].to(own.dtype)
-
-        intra = functional.intra_class_entropy(own, self.temperature)
-        balance = math.log(self.proxies_per_class) + functional.balance(assignments, own_usage)
-        if self.collect_stats and len(labels):
-            self._record(labels, classification, intra, inter, balance)
-        return (
-            classification
-            + self.intra_weight * intra
-            + self.inter_weight * (math.log(self.num_classes) - inter)
-            + self.balance_weight * balance
-        )
-
-    def _class_terms(self, embeddings: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Cross-entropy ``(B,)``, inter-class entropy ``(B,)`` and the similarities to the own proxies ``(B, K)``."""
         dtype = functional.compute_dtype(embeddings, self.proxies)
-        count = self.classes_per_chunk or streaming.chunk_size(
-            len(embeddings), self.num_classes, self.proxies_per_class, dtype
-        )
-        by_products = self._is_product_of_directions(dtype)
+        sizes = len(embeddings), self.num_classes, self.proxies_per_class
+        plan = streaming.make_plan(self.classes_per_chunk, *sizes, dtype)
+        lengths = self._lengths(dtype)
         # A compiler does better on the plain equations; by other distances, so does autograd while all fit at once.
-        if torch.compiler.is_compiling() or (count >= self.num_classes and not by_products):
-            similarities = self._to_all_proxies(embeddings)
-            classes = self._pool(similarities)
-            classification = functional.classification_loss(classes, labels, self.scale, self.margin)
-            inter = functional.inter_class_entropy(classes, self.scale)
-            return classification, inter, similarities[_rows(labels), labels]
-        queries = functional.normalize(embeddings, dtype) if by_products else embeddings.to(dtype)
-        similarity = (
-            streaming.CosineProducts()
-            if by_products
-            else streaming.DistanceCalls(self._similarities, embeddings.device.type)
-        )
-        settings = streaming.Settings(similarity, self.pooling, self.scale, self.temperature, self.margin, count)
-        return streaming.class_terms(queries, self.proxies.to(dtype), labels, settings)
+        if torch.compiler.is_compiling() or (plan.keep and lengths is None):
+            losses, terms = self._by_autograd(embeddings, labels)
+        else:
+            losses, terms = self._by_hand(embeddings, labels, lengths, plan)
+        if self.collect_stats and len(labels):
+            self._record(labels, terms)
+        return losses
 
-    def _is_product_of_directions(self, dtype: torch.dtype) -> bool:
-        """Whether the similarities are cosines that can do without normalized proxies in memory."""
-        return (
-            _is_plain_cosine(self.distance)
-            and not self.distance.collect_stats  # of which the norms of normalized proxies are a part
-            and self.proxies.dtype == dtype
-            and not torch.is_autocast_enabled(self.proxies.device.type)
-            # Lengths whose squares overflow; on a GPU, looking would make it wait.
-            and (self.proxies.device.type != "cpu" or bool(streaming.lengths(self.proxies).isfinite().all()))
+    def _by_autograd(self, embeddings: Tensor, labels: Tensor) -> tuple[Tensor, functional.Terms]:
+        """The loss of each sample, and the terms in it, by the plain equations."""
+        similarities = self._to_all_proxies(embeddings)
+        classes, own = self._pool(similarities), similarities[_rows(labels), labels]
+        assignments = functional.assignment(own, self.temperature)
+        terms = functional.Terms(
+            functional.classification_loss(classes, labels, self.scale, self.margin),
+            functional.intra_class_entropy(own, self.temperature),
+            functional.inter_class_entropy(classes, self.scale),
+            functional.balance(assignments, self._own_usage(assignments, labels, self._learns())),
         )
+        return functional.sample_loss(terms, self._weights(), self.num_classes, self.proxies_per_class), terms
+
+    def _by_hand(
+        self, embeddings: Tensor, labels: Tensor, lengths: Tensor | None, plan: streaming.Plan
+    ) -> tuple[Tensor, functional.Terms]:
+        """The same, with the analytic gradient."""
+        dtype = functional.compute_dtype(embeddings, self.proxies)
+        similarity: Similarity
+        if lengths is None:
+            queries = embeddings.to(dtype)
+            similarity = DistanceCalls(self._similarities, embeddings.device.type)
+        else:
+            queries, similarity = functional.normalize(embeddings, dtype), CosineProducts(lengths)
+        settings = streaming.Settings(
+            similarity,
+            self.pooling,
+            self.scale,
+            self.temperature,
+            self.margin,
+            self._weights(),
+            partial(self._own_usage, labels=labels, learns=self._learns()),
+            plan,
+        )
+        return streaming.loss_and_terms(queries, self.proxies.to(dtype), labels, settings)
+
+    def _weights(self) -> functional.Weights:
+        return functional.Weights(self.intra_weight, self.inter_weight, self.balance_weight)
+
+    def _own_usage(self, assignments: Tensor, labels: Tensor, learns: bool) -> Tensor:
+        """The usage of the class of each sample, ``(B, K)``, which is first moved on by the batch if it ``learns``."""
+        if not learns:
+            return self.proxy_usage[labels].to(assignments.dtype)
+        rows = functional.updated_usage(self.proxy_usage, assignments, labels, self.usage_momentum)
+        rows = rows.to(self.proxy_usage.dtype)
+        self.proxy_usage[labels] = rows
+        return rows.to(assignments.dtype)
+
+    def _lengths(self, dtype: torch.dtype) -> Tensor | None:
+        """Those of all proxies, where the similarities are cosines that need no normalized proxies in memory."""
+        if (
+            not _is_plain_cosine(self.distance)
+            or self.distance.collect_stats  # of which the norms of normalized proxies are a part
+            or self.proxies.dtype != dtype
+            or torch.is_autocast_enabled(self.proxies.device.type)
+            or torch.compiler.is_compiling()
+        ):
+            return None
+        lengths = torch.linalg.vector_norm(self.proxies.detach(), dim=-1).flatten()
+        # Their squares may overflow; on a GPU, looking would make it wait.
+        return lengths if lengths.is_cuda or lengths.isfinite().all() else None
 
     def _to_all_proxies(self, embeddings: Tensor) -> Tensor:
         """The similarities to all proxies, ``(B, C, K)``."""
@@ -410,8 +435,10 @@ class MultiProxyEntropyLoss(WeightRegularizerMixin, BaseMetricLossFunction):  # 
         return functional.POOLINGS[self.pooling](similarities, self.scale, self.temperature)
 
     @torch.no_grad()
-    def _record(self, labels: Tensor, classification: Tensor, intra: Tensor, inter: Tensor, balance: Tensor) -> None:
-        information = math.log(self.proxies_per_class) - balance - intra  # KL(q_i || u)
+    def _record(self, labels: Tensor, terms: functional.Terms) -> None:
+        classification, intra, inter, balance = terms
+        information = -balance - intra  # KL(q_i || u)
+        balance = math.log(self.proxies_per_class) + balance
         classes, position = torch.unique(labels, return_inverse=True)
         of_classes = information.new_zeros(len(classes)).index_add(0, position, information)
         effective = (of_classes / position.bincount()).exp()

@@ -76,7 +76,9 @@ def test_classes_that_are_not_in_the_batch_stay(loss_func, batch):
     assert loss_func.proxy_usage[2].equal(before.proxy_usage[2])
 
 
-@pytest.mark.parametrize("how", ["off", "eval", "no_grad", "frozen", "get_logits", "assign", "one proxy", "empty batch"])
+@pytest.mark.parametrize(
+    "how", ["off", "eval", "no_grad", "frozen", "get_logits", "assign", "one proxy", "empty batch"]
+)
 def test_leaves_everything_alone(how, loss_func, batch):
     embeddings, labels = batch
     if how == "off":

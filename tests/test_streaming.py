@@ -34,17 +34,7 @@ CASES = {  # classes, proxies per class, classes per chunk
 def plain(loss_func):
     """The same loss by plain autograd on the equations, which is what it compiles from."""
     loss_func = copy.deepcopy(loss_func)
-
-    def class_terms(embeddings, labels):
-        similarities = loss_func._to_all_proxies(embeddings)
-        classes = loss_func._pool(similarities)
-        return (
-            functional.classification_loss(classes, labels, loss_func.scale, loss_func.margin),
-            functional.inter_class_entropy(classes, loss_func.scale),
-            similarities[torch.arange(len(labels)), labels],
-        )
-
-    loss_func._class_terms = class_terms
+    loss_func._by_hand = lambda embeddings, labels, *_: loss_func._by_autograd(embeddings, labels)
     return loss_func
 
 
@@ -131,10 +121,11 @@ def test_backward_twice_gives_the_same_gradient_twice(distance, per_chunk, batch
     torch.testing.assert_close((loss_func.proxies.grad, batch[0].grad), tuple(2 * gradient for gradient in first))
 
 
-def test_differentiating_twice_is_refused(loss_func, batch):
-    (gradient,) = torch.autograd.grad(loss_func(*batch), batch[0], create_graph=True)
-    with pytest.raises(RuntimeError, match="differentiate twice"):
-        gradient.sum().backward()
+@pytest.mark.parametrize("per_chunk", [1, 3])
+def test_differentiating_twice_is_refused(per_chunk, batch):
+    loss_func = MultiProxyEntropyLoss(3, 8, 4, classes_per_chunk=per_chunk)
+    with pytest.raises(RuntimeError, match="cannot be differentiated: drop create_graph=True"):
+        torch.autograd.grad(loss_func(*batch), batch[0], create_graph=True)
 
 
 @pytest.mark.parametrize("distance", ["cosine", "dot product"])
@@ -210,10 +201,17 @@ def test_empty_batch():
 
 
 def test_chunks_are_chosen_by_the_sizes_alone():
-    assert _streaming.chunk_size(256, 11318, 5, torch.float32) == 11318  # 58 MB
-    assert _streaming.chunk_size(256, 100_000, 10, torch.float32) == 2**23 // (256 * 10 * 4)
-    assert _streaming.chunk_size(10**9, 10, 10, torch.float32) == 1
-    assert _streaming.chunk_size(0, 10, 10, torch.float32) == 10
+    def plan(*sizes, chosen=None):
+        return _streaming.make_plan(chosen, *sizes, torch.float32)
+
+    in_cache = 2**22 // (256 * 5 * 4)
+    assert plan(256, 11318, 5) == (in_cache, True)  # 58 MB
+    assert plan(256, 100_000, 5) == (in_cache, False)  # 512 MB
+    assert plan(256, 100, 5, chosen=100) == plan(256, 100, 5, chosen=101) == (in_cache, True)
+    assert plan(256, 100_000, 5, chosen=100_000) == (in_cache, True)
+    assert plan(256, 100, 5, chosen=99) == (99, False)
+    assert plan(10**9, 10, 10) == (1, False)
+    assert plan(0, 10, 10).keep
 
 
 MEMORY = """

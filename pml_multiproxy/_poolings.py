@@ -1,0 +1,61 @@
+r"""The poolings of :mod:`pml_multiproxy.functional`, with their derivative written out.
+
+Similarities are ``(C, K, B)``, the batch last, and may be overwritten. From them come the class similarities
+``pooled``, ``(C, B)``; ``differentiate`` gives the function that turns a gradient of these, ``(C, B)``, into one of the
+similarities, ``(C, K, B)``, in new memory. It holds no more than it needs, and may be called again.
+"""
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+Unpool = Callable[[Tensor], Tensor]
+
+
+class Pooling(Protocol):
+    pooled: Tensor
+
+    def __init__(self, similarities: Tensor, scale: float, temperature: float) -> None: ...
+
+    def differentiate(self) -> Unpool: ...
+
+
+class Max:
+    """Proxies that are equally near share the gradient, so that it does not depend on their order."""
+
+    def __init__(self, similarities: Tensor, scale: float, temperature: float) -> None:
+        self.similarities = similarities
+        self.pooled = similarities.amax(dim=1)
+
+    def differentiate(self) -> Unpool:
+        nearest = self.similarities.eq_(self.pooled.unsqueeze(1))
+        count = nearest.sum(dim=1)
+        # A quarter of the memory, kept until backward.
+        nearest = nearest.to(torch.int8)
+        return lambda gradient: nearest * (gradient / count).unsqueeze(1)
+
+
+class Softmax:
+    def __init__(self, similarities: Tensor, scale: float, temperature: float) -> None:
+        self.similarities, self.temperature = similarities, temperature
+        self.weights = torch.softmax(similarities / temperature, dim=1)
+        self.pooled = (self.weights * similarities).sum(dim=1)
+
+    def differentiate(self) -> Unpool:
+        derivative = self.similarities.sub_(self.pooled.unsqueeze(1)).div_(self.temperature).add_(1).mul_(self.weights)
+        return lambda gradient: derivative * gradient.unsqueeze(1)
+
+
+class LogSumExp:
+    def __init__(self, similarities: Tensor, scale: float, temperature: float) -> None:
+        self.similarities, self.scale = similarities, scale
+        self.pooled = torch.logsumexp(scale * similarities, dim=1) / scale
+
+    def differentiate(self) -> Unpool:
+        derivative = self.similarities.sub_(self.pooled.unsqueeze(1)).mul_(self.scale).exp_()
+        return lambda gradient: derivative * gradient.unsqueeze(1)
+
+
+POOLINGS: dict[str, type[Pooling]] = {"max": Max, "softmax": Softmax, "logsumexp": LogSumExp}

@@ -1,77 +1,92 @@
 r"""Cross-entropy and entropy of a softmax over classes that come some at a time, and their gradient.
 
-Of the other classes, it keeps per sample the maximum :math:`M` of their logits :math:`a`, :math:`Z = \sum e^{a - M}`
-and :math:`T = \sum e^{a - M} (a - M)`. With a new maximum :math:`M'` and :math:`\alpha = e^{M - M'}`, they become
-:math:`Z \leftarrow \alpha Z` and :math:`T \leftarrow \alpha (T + (M - M') Z)`. The true class stays out of them, so
-that its margin need not be taken out of a sum again, and joins at the end. All is exact.
+The true class stays apart until the end, so that its margin need not be taken out of a sum again. All is exact.
 
-Logits are ``(c, B)``, the batch last. The true class of each sample is at ``own``, ``(B,)``, where ``inside``; at some
-other place where not: choosing samples would make a GPU wait.
+Logits are ``(c, B)``, the batch last.
 """
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ._own import Own
+
+
+class Sums(NamedTuple):
+    r"""Over the logits :math:`a` of some classes: their maximum :math:`M`, :math:`Z = \sum e^{a - M}` and
+    :math:`T = \sum e^{a - M} (a - M)`; each ``(B,)``.
+    """
+
+    maximum: Tensor
+    z: Tensor
+    t: Tensor
+
+    def relative_to(self, maximum: Tensor) -> "Sums":
+        r"""For a larger :math:`M'`, with :math:`\alpha = e^{M - M'}`: :math:`Z \leftarrow \alpha Z` and
+        :math:`T \leftarrow \alpha (T + (M - M') Z)`.
+        """
+        shift = self.maximum - maximum
+        alpha = shift.exp()
+        return Sums(maximum, alpha * self.z, alpha * torch.addcmul(self.t, shift, self.z))
+
+    def joined(self, other: "Sums") -> "Sums":
+        """Over the classes of both."""
+        maximum = torch.maximum(self.maximum, other.maximum)
+        a, b = self.relative_to(maximum), other.relative_to(maximum)
+        return Sums(maximum, a.z + b.z, a.t + b.t)
+
 
 class ClassSoftmax:
     """Forward calls :meth:`add` for all classes, then :meth:`close`; backward :meth:`begin`, then :meth:`gradient`."""
 
+    others: Sums | None = None
     classification: Tensor
     entropy: Tensor
 
-    def __init__(self, like: Tensor) -> None:
-        """``like``: ``(B,)``."""
-        # Not minus infinity, nor anything that a difference takes there: times zero, it is not a number.
-        lowest = torch.finfo(like.dtype).min
-        self.maximum, self.left_out = torch.full_like(like, lowest / 2), 0.75 * lowest
-        self.z, self.t = torch.zeros_like(like), torch.zeros_like(like)
-
-    def add(self, logits: Tensor, own: Tensor, inside: Tensor) -> None:
+    def add(self, logits: Tensor, own: Own) -> None:
         """Takes in logits but those of the true class; overwrites them."""
-        at = own.unsqueeze(0)
-        logits.scatter_(0, at, torch.where(inside, self.left_out, logits.gather(0, at)))
-        self._rescale(torch.maximum(self.maximum, logits.amax(dim=0)))
-        exponentials = logits.sub_(self.maximum).exp()
-        self.z += exponentials.sum(dim=0)
-        self.t += exponentials.mul_(logits).sum(dim=0)
-
-    def _rescale(self, maximum: Tensor) -> None:
-        shift = self.maximum - maximum
-        alpha = shift.exp()
-        self.t = torch.addcmul(self.t, shift, self.z).mul_(alpha)
-        self.z, self.maximum = self.z * alpha, maximum
+        # Not minus infinity, nor anything that a difference takes there: times zero, it is not a number.
+        lowest = torch.finfo(logits.dtype).min
+        own.put(logits, 0.75 * lowest)
+        maximum = logits.amax(dim=0).clamp_min_(lowest / 2)
+        exponentials = logits.sub_(maximum).exp()
+        z = exponentials.sum(dim=0)
+        sums = Sums(maximum, z, exponentials.mul_(logits).sum(dim=0))
+        self.others = self.others.joined(sums) if self.others else sums
 
     def close(self, own_logit: Tensor, margin: float) -> None:
         """``own_logit``, ``(B,)``, of the true class; the ``margin`` it has to win by, in units of the logits."""
         # All relative to the largest logit: differences of large numbers would lose digits.
-        largest = torch.maximum(self.maximum, own_logit)
-        log_others = self.maximum - largest + self.z.log()
-        self._rescale(largest)
-        self.log_own = own_logit - largest
+        assert self.others
+        self.largest = torch.maximum(self.others.maximum, own_logit)
+        log_others = self.others.maximum - self.largest + self.others.z.log()
+        others = self.others.relative_to(self.largest)
+        self.log_own = own_logit - self.largest
         own = self.log_own.exp()
-        total = self.z + own
-        self.log_sum = total.log()
-        self.entropy = self.log_sum - torch.addcmul(self.t, own, self.log_own) / total
+        total = others.z + own
+        self.log_total = total.log()
+        self.entropy = self.log_total - torch.addcmul(others.t, own, self.log_own) / total
         self.log_own_with_margin = self.log_own - margin
         self.classification = -F.logsigmoid(self.log_own_with_margin - log_others)
 
     def begin(self, of_classification: Tensor, of_entropy: Tensor) -> None:
         # With p the class distribution and p' that with the margin, the gradient of a logit a is
         # of_classification * (p' - 1[own]) - of_entropy * p * (log p + entropy). Of the others, p' = p * to_margin.
-        to_margin = (self.log_sum - self.log_own_with_margin - self.classification).exp()
-        log_p = self.log_own - self.log_sum
+        to_margin = (self.log_total - self.log_own_with_margin - self.classification).exp()
+        log_p = self.log_own - self.log_total
         of_own = of_classification * torch.expm1(-self.classification)
         self.of_own = of_own - of_entropy * log_p.exp() * (log_p + self.entropy)
-        # So theirs is exp(a - maximum) * (constant + slope * (a - maximum)).
-        inverse = (-self.log_sum).exp()
+        # So theirs is exp(a - largest) * (constant + slope * (a - largest)).
+        inverse = (-self.log_total).exp()
         self.slope = -of_entropy * inverse
-        self.constant = (of_classification * to_margin + of_entropy * (self.log_sum - self.entropy)) * inverse
+        self.constant = (of_classification * to_margin + of_entropy * (self.log_total - self.entropy)) * inverse
 
-    def gradient(self, logits: Tensor, own: Tensor, inside: Tensor) -> Tensor:
+    def gradient(self, logits: Tensor, own: Own) -> Tensor:
         """Of the logits; overwrites them."""
-        logits.sub_(self.maximum)
+        logits.sub_(self.largest)
         gradient = logits.exp()
         gradient.mul_(torch.addcmul(self.constant, logits, self.slope))
-        at = own.unsqueeze(0)
-        return gradient.scatter_(0, at, torch.where(inside, self.of_own, gradient.gather(0, at)))
+        own.put(gradient, self.of_own)
+        return gradient

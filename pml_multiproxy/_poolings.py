@@ -1,8 +1,8 @@
 r"""The poolings of :mod:`pml_multiproxy.functional`, with their derivative written out.
 
-Similarities are ``(C, K, B)``, the batch last, and may be overwritten. From them come the class similarities
-``pooled``, ``(C, B)``; ``differentiate`` gives the function that turns a gradient of these, ``(C, B)``, into one of the
-similarities, ``(C, K, B)``, in new memory. It holds no more than it needs, and may be called again.
+Similarities are ``(C, K, B)``, the batch last, and are overwritten. From them come the class similarities ``pooled``,
+``(C, B)``; ``differentiate`` gives the function that turns a gradient of these, ``(C, B)``, into one of the
+similarities, ``(C, K, B)``. It holds no more than it needs, and is called once.
 """
 
 from collections.abc import Callable
@@ -34,7 +34,7 @@ class Max:
         count = nearest.sum(dim=1)
         # A quarter of the memory, kept until backward.
         nearest = nearest.to(torch.int8)
-        return lambda gradient: nearest * (gradient / count).unsqueeze(1)
+        return lambda gradient: nearest.to(count.dtype).mul_(gradient.div_(count).unsqueeze(1))
 
 
 class Softmax:
@@ -45,7 +45,7 @@ class Softmax:
 
     def differentiate(self) -> Unpool:
         derivative = self.similarities.sub_(self.pooled.unsqueeze(1)).div_(self.temperature).add_(1).mul_(self.weights)
-        return lambda gradient: derivative * gradient.unsqueeze(1)
+        return lambda gradient: derivative.mul_(gradient.unsqueeze(1))
 
 
 class LogSumExp:
@@ -55,7 +55,7 @@ class LogSumExp:
 
     def differentiate(self) -> Unpool:
         derivative = self.similarities.sub_(self.pooled.unsqueeze(1)).mul_(self.scale).exp_()
-        return lambda gradient: derivative * gradient.unsqueeze(1)
+        return lambda gradient: derivative.mul_(gradient.unsqueeze(1))
 
 
 POOLINGS: dict[str, type[Pooling]] = {"max": Max, "softmax": Softmax, "logsumexp": LogSumExp}

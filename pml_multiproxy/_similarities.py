@@ -10,65 +10,87 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from . import functional
+
 EPS = 1e-12
 """The shortest length that a proxy is divided by, that of :func:`torch.nn.functional.normalize`."""
 
 
 class Similarity(Protocol):
-    def __call__(self, queries: Tensor, proxies: Tensor, rows: slice) -> Tensor:
-        """``(P, B)``, new memory, for queries ``(B, D)`` and the proxies ``(P, D)`` that are ``rows`` of all."""
+    def __call__(self, proxies: Tensor, rows: slice) -> Tensor:
+        """``(P, B)``, new memory, to the proxies ``(P, D)`` that are ``rows`` of all."""
 
     def add_gradients(
-        self, queries: Tensor, proxies: Tensor, rows: slice, gradient: Tensor, of_queries: Tensor, of_proxies: Tensor
+        self, proxies: Tensor, rows: slice, gradient: Tensor, of_queries: Tensor, of_proxies: Tensor
     ) -> None:
         """Adds to ``of_queries`` and fills ``of_proxies``; may overwrite ``gradient``, ``(P, B)``."""
 
+    def of_embeddings(self, of_queries: Tensor) -> Tensor:
+        """The gradient of the embeddings, out of that of what :meth:`__call__` makes of them; may overwrite it."""
+
 
 class CosineProducts:
-    """Cosine similarities of queries of unit length, without normalized proxies in memory.
+    """Cosine similarities, without normalized proxies in memory.
 
-    The rows of the product are scaled by the inverse lengths of the proxies. From the gradient of a proxy, the part
-    along the proxy is taken away, which changes its length only.
+    The rows of the product are scaled by the inverse lengths of the proxies. From the gradient of a vector, the part
+    along the vector is taken away, which changes its length only.
     """
 
-    def __init__(self, lengths: Tensor) -> None:
-        """``lengths`` of all proxies, ``(C * K,)``."""
+    def __init__(self, embeddings: Tensor, lengths: Tensor) -> None:
+        """``lengths`` of all proxies, ``(C * K,)``; the dtype is theirs."""
+        self.embeddings = embeddings.detach()
+        self.queries = functional.normalize(self.embeddings, lengths.dtype)
         self.inverse = lengths.clamp_min(EPS).reciprocal().unsqueeze(1)
-        # Shorter proxies are divided by a constant, so that their length counts.
-        self.projection = torch.where(lengths > EPS, -1, 0).unsqueeze(1) * self.inverse**2
+        # Shorter ones are divided by a constant, so that their length counts.
+        self.scratch: Tensor | None = None
+        self.projection = torch.where(lengths > EPS, lengths**-2, 0).unsqueeze(1)
 
-    def __call__(self, queries: Tensor, proxies: Tensor, rows: slice) -> Tensor:
-        return torch.mm(proxies, queries.T).mul_(self.inverse[rows])
+    def __call__(self, proxies: Tensor, rows: slice) -> Tensor:
+        return torch.mm(proxies, self.queries.T).mul_(self.inverse[rows])
 
     def add_gradients(
-        self, queries: Tensor, proxies: Tensor, rows: slice, gradient: Tensor, of_queries: Tensor, of_proxies: Tensor
+        self, proxies: Tensor, rows: slice, gradient: Tensor, of_queries: Tensor, of_proxies: Tensor
     ) -> None:
         gradient.mul_(self.inverse[rows])
         of_queries.addmm_(gradient.T, proxies)
-        torch.mm(gradient, queries, out=of_proxies)
-        along = (of_proxies * proxies).sum(dim=1, keepdim=True)
-        of_proxies.addcmul_(proxies, along.mul_(self.projection[rows]))
+        torch.mm(gradient, self.queries, out=of_proxies)
+        if self.scratch is None:
+            self.scratch = torch.empty_like(proxies)
+        along = torch.mul(of_proxies, proxies, out=self.scratch[: len(proxies)]).sum(dim=1, keepdim=True)
+        of_proxies.addcmul_(proxies, along.mul_(self.projection[rows]), value=-1)
+
+    def of_embeddings(self, of_queries: Tensor) -> Tensor:
+        shortest = functional.shortest(self.embeddings.dtype)
+        length = (self.embeddings * self.queries).sum(dim=1, keepdim=True)
+        along = torch.where(length > shortest, (of_queries * self.queries).sum(dim=1, keepdim=True), 0)
+        return of_queries.addcmul_(self.queries, along, value=-1).div_(length.clamp_min(shortest))
 
 
 class DistanceCalls:
     """Similarities by any distance of PML, differentiated through its own autograd graph."""
 
-    def __init__(self, similarity: Callable[[Tensor, Tensor], Tensor], device_type: str) -> None:
+    def __init__(self, embeddings: Tensor, similarity: Callable[[Tensor, Tensor], Tensor]) -> None:
         """``similarity`` of ``(B, D)`` and ``(P, D)`` gives ``(B, P)``."""
-        self.similarity = similarity
+        self.queries, self.similarity = embeddings.detach(), similarity
         # Backward runs outside of the autocast of forward, but has to compute the same.
-        self.device_type = device_type
+        self.device_type = device_type = embeddings.device.type
         self.enabled, self.dtype = torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type)
 
-    def __call__(self, queries: Tensor, proxies: Tensor, rows: slice) -> Tensor:
-        with torch.autocast(self.device_type, self.dtype, self.enabled):
-            return self.similarity(queries, proxies).T.contiguous()
+    def __call__(self, proxies: Tensor, rows: slice) -> Tensor:
+        return self._call(self.queries, proxies).contiguous()
 
     def add_gradients(
-        self, queries: Tensor, proxies: Tensor, rows: slice, gradient: Tensor, of_queries: Tensor, of_proxies: Tensor
+        self, proxies: Tensor, rows: slice, gradient: Tensor, of_queries: Tensor, of_proxies: Tensor
     ) -> None:
         with torch.enable_grad():
-            inputs = queries.detach().requires_grad_(), proxies.detach().requires_grad_()
-            for_queries, for_proxies = torch.autograd.grad(self(*inputs, rows), inputs, gradient)
+            inputs = self.queries.detach().requires_grad_(), proxies.detach().requires_grad_()
+            for_queries, for_proxies = torch.autograd.grad(self._call(*inputs), inputs, gradient)
         of_queries.add_(for_queries)
         of_proxies.copy_(for_proxies)
+
+    def of_embeddings(self, of_queries: Tensor) -> Tensor:
+        return of_queries
+
+    def _call(self, queries: Tensor, proxies: Tensor) -> Tensor:
+        with torch.autocast(self.device_type, self.dtype, self.enabled):
+            return self.similarity(queries, proxies).T

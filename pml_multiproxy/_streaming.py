@@ -7,7 +7,6 @@ more. Both are exact.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +15,7 @@ from torch.nn import functional as F
 
 from . import functional
 from ._class_softmax import ClassSoftmax
+from ._own import Own
 from ._poolings import POOLINGS, Pooling
 from ._similarities import Similarity
 
@@ -49,8 +49,7 @@ def make_plan(
     return Plan(classes_per_chunk, keep=False)
 
 
-@dataclass(frozen=True)
-class Settings:
+class Settings(NamedTuple):
     similarity: Similarity
     pooling: str
     scale: float
@@ -66,40 +65,39 @@ class Settings:
 
 
 def loss_and_terms(
-    queries: Tensor, proxies: Tensor, labels: Tensor, settings: Settings
+    embeddings: Tensor, proxies: Tensor, labels: Tensor, settings: Settings
 ) -> tuple[Tensor, functional.Terms]:
     """The loss of each sample, ``(B,)``, and the terms that it is made of, which carry no gradient.
 
     Args:
-        queries: ``(B, D)``, as ``settings.similarity`` wants them.
-        proxies: ``(C, K, D)``, of the same dtype.
+        embeddings: ``(B, D)``, those of ``settings.similarity``.
+        proxies: ``(C, K, D)``, of the dtype to compute in.
         labels: ``(B,)``, long.
         settings: everything else.
     """
-    loss, *terms = _Loss.apply(queries, proxies, labels, settings)  # type: ignore[no-untyped-call]
+    loss, *terms = _Loss.apply(embeddings, proxies, labels, settings)  # type: ignore[no-untyped-call]
     return loss, functional.Terms(*terms)
 
 
 class _Loss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, queries: Tensor, proxies: Tensor, labels: Tensor, settings: Settings) -> Any:
-        over_classes = ClassSoftmax(queries.new_empty(len(queries)))
-        own, own_pooled = queries.new_zeros(len(queries), proxies.shape[1]), queries.new_zeros(len(queries))
-        kept = []
+    def forward(ctx: Any, embeddings: Tensor, proxies: Tensor, labels: Tensor, settings: Settings) -> Any:
+        over_classes, kept = ClassSoftmax(), []
+        own, own_pooled = proxies.new_zeros(len(labels), proxies.shape[1]), proxies.new_zeros(len(labels))
         for chunk in _chunks(proxies, labels, settings):
-            similarities = chunk.similarities(queries)
-            own = torch.where(chunk.inside.unsqueeze(1), similarities[chunk.place], own)
+            similarities = chunk.similarities()
+            own = chunk.own.get(similarities, own)
             pooling = settings.pool(similarities)
-            own_pooled = torch.where(chunk.inside, pooling.pooled[chunk.own, chunk.samples], own_pooled)
-            over_classes.add(settings.scale * pooling.pooled, chunk.own, chunk.inside)
+            own_pooled = chunk.own.get(pooling.pooled, own_pooled)
+            over_classes.add(settings.scale * pooling.pooled, chunk.own)
             if settings.plan.keep:
-                kept.append((pooling.pooled, pooling.differentiate()))
+                kept.append((chunk, pooling.pooled, pooling.differentiate()))
         over_classes.close(settings.scale * own_pooled, settings.scale * settings.margin)
         within_class = _WithinClass(own, settings)
         terms = functional.Terms(
             over_classes.classification, within_class.intra, over_classes.entropy, within_class.balance
         )
-        ctx.save_for_backward(queries, proxies, labels)
+        ctx.save_for_backward(proxies, labels)
         ctx.settings, ctx.kept, ctx.over_classes, ctx.within_class = settings, kept, over_classes, within_class
         ctx.mark_non_differentiable(*terms)
         loss = functional.sample_loss(terms, settings.weights, proxies.shape[0], proxies.shape[1])
@@ -109,22 +107,27 @@ class _Loss(torch.autograd.Function):
     def backward(ctx: Any, of_loss: Tensor, *_: Any) -> Any:
         if torch.is_grad_enabled():  # PyTorch's once_differentiable would let gradients pass that are wrong
             raise RuntimeError("the gradient of MultiProxyEntropyLoss cannot be differentiated: drop create_graph=True")
-        queries, proxies, labels = ctx.saved_tensors
+        proxies, labels = ctx.saved_tensors
         settings: Settings = ctx.settings
         ctx.over_classes.begin(of_loss, -settings.weights.inter * of_loss)
         of_own = ctx.within_class.gradient(of_loss)
-        of_queries, of_proxies = torch.zeros_like(queries), torch.empty_like(proxies)
-        for i, chunk in enumerate(_chunks(proxies, labels, settings)):
-            if settings.plan.keep:
-                pooled, unpool = ctx.kept[i]
-            else:
-                pooling = settings.pool(chunk.similarities(queries))
-                pooled, unpool = pooling.pooled, pooling.differentiate()
-            of_pooled = ctx.over_classes.gradient(settings.scale * pooled, chunk.own, chunk.inside)
+        of_queries, of_proxies = proxies.new_zeros(len(labels), proxies.shape[2]), torch.empty_like(proxies)
+        # What forward kept is used up. Should there be another backward, it computes that once more.
+        kept, ctx.kept = ctx.kept, None
+        for chunk, pooled, unpool in kept or _computed_again(proxies, labels, settings):
+            of_pooled = ctx.over_classes.gradient(settings.scale * pooled, chunk.own)
             of_similarities = unpool(of_pooled.mul_(settings.scale))
-            of_similarities[chunk.place] += torch.where(chunk.inside.unsqueeze(1), of_own, 0)
-            chunk.add_gradients(queries, of_similarities, of_queries, of_proxies)
-        return of_queries, of_proxies, None, None
+            chunk.own.add(of_similarities, of_own)
+            chunk.add_gradients(of_similarities, of_queries, of_proxies)
+        return settings.similarity.of_embeddings(of_queries), of_proxies, None, None
+
+
+def _computed_again(
+    proxies: Tensor, labels: Tensor, settings: Settings
+) -> Iterator[tuple["_Chunk", Tensor, Callable[[Tensor], Tensor]]]:
+    for chunk in _chunks(proxies, labels, settings):
+        pooling = settings.pool(chunk.similarities())
+        yield chunk, pooling.pooled, pooling.differentiate()
 
 
 class _WithinClass:
@@ -147,26 +150,23 @@ class _WithinClass:
 
 
 class _Chunk:
-    """Some classes. ``own`` is where the class of each sample stands among them, if ``inside``; some place if not."""
+    """The classes from ``start`` to before ``stop``, and where those of the samples stand among them."""
 
-    def __init__(self, proxies: Tensor, labels: Tensor, start: int, settings: Settings) -> None:
-        stop = min(start + settings.plan.classes_per_chunk, len(proxies))
+    def __init__(self, proxies: Tensor, own: Own, start: int, stop: int, settings: Settings) -> None:
         per_class = proxies.shape[1]
-        self.similarity, self.shape = settings.similarity, (stop - start, per_class, len(labels))
+        self.own, self.similarity, self.shape = own, settings.similarity, (stop - start, per_class, len(own.samples))
         self.proxies, self.rows = proxies[start:stop].flatten(0, 1), slice(start * per_class, stop * per_class)
-        self.samples = torch.arange(len(labels), device=labels.device)
-        self.own = (labels - start).clamp(0, stop - start - 1)
-        self.inside = (labels >= start) & (labels < stop)
-        self.place = self.own, slice(None), self.samples
 
-    def similarities(self, queries: Tensor) -> Tensor:
-        return self.similarity(queries, self.proxies, self.rows).view(self.shape)
+    def similarities(self) -> Tensor:
+        return self.similarity(self.proxies, self.rows).view(self.shape)
 
-    def add_gradients(self, queries: Tensor, gradient: Tensor, of_queries: Tensor, of_proxies: Tensor) -> None:
+    def add_gradients(self, gradient: Tensor, of_queries: Tensor, of_proxies: Tensor) -> None:
         of_rows = of_proxies.flatten(0, 1)[self.rows]
-        self.similarity.add_gradients(queries, self.proxies, self.rows, gradient.flatten(0, 1), of_queries, of_rows)
+        self.similarity.add_gradients(self.proxies, self.rows, gradient.flatten(0, 1), of_queries, of_rows)
 
 
 def _chunks(proxies: Tensor, labels: Tensor, settings: Settings) -> Iterator[_Chunk]:
-    for start in range(0, len(proxies), settings.plan.classes_per_chunk):
-        yield _Chunk(proxies, labels, start, settings)
+    count, samples = len(proxies), torch.arange(len(labels), device=labels.device)
+    for start in range(0, count, settings.plan.classes_per_chunk):
+        stop = min(start + settings.plan.classes_per_chunk, count)
+        yield _Chunk(proxies, Own(labels, samples, start, stop, count), start, stop, settings)

@@ -71,7 +71,7 @@ def in_range(name: str, indices: Tensor, size: int, size_name: str) -> None:
     """Only on the CPU: looking at values on a GPU would make it wait, and would break a compiled graph."""
     if torch.compiler.is_compiling() or indices.device.type != "cpu" or indices.numel() == 0:
         return
-    lowest, highest = indices.aminmax()
+    lowest, highest = (int(extreme) for extreme in indices.aminmax())
     if lowest < 0 or highest >= size:
         raise ValueError(
             f"{name} must lie in [0, {size - 1}] ({size_name} is {size}), got values from {lowest} to {highest}"

@@ -41,14 +41,24 @@ def compute_dtype(*tensors: Tensor) -> torch.dtype:
     return dtype
 
 
+def shortest(dtype: torch.dtype) -> float:
+    """The shortest length that :func:`normalize` divides a vector of this dtype by.
+
+    That of :func:`torch.nn.functional.normalize`, except for ``float16``, which can hold neither it nor the gradient of
+    a vector that short: there it is about where the components of a vector become subnormal.
+
+    >>> shortest(torch.float32), shortest(torch.float16)
+    (1e-12, 0.0009765625)
+    """
+    return 2.0**-10 if dtype == torch.float16 else 1e-12
+
+
 def normalize(vectors: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     r"""Scales each row to unit :math:`L_2` norm, with finite values and gradients for every finite input.
 
     .. math:: \hat x = x \,/\, \max(\lVert x \rVert_2, \epsilon)
 
-    :math:`\epsilon` is that of :func:`torch.nn.functional.normalize`, ``1e-12``, except for ``float16``, which can hold
-    neither it nor the gradient of a row that short: there it is ``2**-10``, about where the components of a row become
-    subnormal.
+    :math:`\epsilon` is :func:`shortest` of the dtype of the vectors.
 
     Args:
         vectors: ``(N, D)``, floating point.
@@ -62,12 +72,13 @@ def normalize(vectors: Tensor, dtype: torch.dtype | None = None) -> Tensor:
             [0.0000, 0.0000],
             [0.6000, 0.8000]])
     """
-    eps = 2.0**-10 if vectors.dtype == torch.float16 else 1e-12
+    eps = shortest(vectors.dtype)
     vectors = vectors.to(dtype or compute_dtype(vectors))
     # The squares of a long row would overflow. Dividing it first changes neither the result nor, as the direction does
     # not depend on the length, the gradient: so the divisor needs none.
-    longest = vectors.detach().abs().amax(dim=1, keepdim=True).clamp_min(1)
-    return F.normalize(vectors / longest, dim=1, eps=eps)
+    scaled = vectors / vectors.detach().abs().amax(dim=1, keepdim=True).clamp_min(1)
+    length: Tensor = torch.linalg.vector_norm(scaled, dim=1, keepdim=True)
+    return scaled / length.clamp_min(eps)
 
 
 def assignment(own_similarities: Tensor, temperature: float) -> Tensor:
@@ -293,18 +304,17 @@ def updated_usage(usage: Tensor, assignments: Tensor, labels: Tensor, momentum: 
     if len(labels) == 0:
         return usage[labels]
     assignments = assignments.detach()
-    finite = assignments.isfinite().all(dim=1)
+    sums = assignments.sum(dim=1, keepdim=True)
+    counted = torch.where(sums - sums == 0, assignments, 0)  # what is not finite does not equal itself less itself
     # Matching labels with each other, rather than torch.unique, keeps a GPU from waiting for the host.
-    same_class = labels.unsqueeze(1) == labels.unsqueeze(0)
-    counted = (same_class & finite).to(assignments.dtype)
-    count = counted.sum(dim=1, keepdim=True)
+    same_class = labels.unsqueeze(1) == labels
     with torch.autocast(labels.device.type, enabled=False):
-        total = counted @ assignments.masked_fill(~finite.unsqueeze(1), 0)
+        total = same_class.to(counted.dtype) @ counted
+    count = total.sum(dim=1, keepdim=True).round_()  # rows sum to 1
     mean = total / count.clamp_min(1)
-    kept = momentum**count
-    rows = kept * usage[labels].to(assignments.dtype) + (1 - kept) * mean
+    rows = torch.lerp(mean, usage[labels].to(mean.dtype), momentum**count)
     # A matrix product may round equal rows differently. One of them has to speak for its class.
-    first_of_class = same_class.to(torch.uint8).argmax(dim=1)
+    first_of_class = same_class.max(dim=1).indices
     return rows[first_of_class]
 
 

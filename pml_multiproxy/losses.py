@@ -231,9 +231,11 @@ class MultiProxyEntropyLoss(WeightRegularizerMixin, BaseMetricLossFunction):  # 
             points = self._points(embeddings.detach())
             reseeding.reseed_(self.proxies, self.proxy_usage, points, labels, self.reseed_below)
         losses = self._losses(embeddings, labels)
+        if indices_tuple is not None:
+            losses = losses * lmu.convert_to_weights(indices_tuple, labels, dtype=losses.dtype)
         loss_dict = {
             "loss": {
-                "losses": losses * lmu.convert_to_weights(indices_tuple, labels, dtype=losses.dtype),
+                "losses": losses,
                 "indices": c_f.torch_arange_from_size(embeddings),
                 "reduction_type": "element",
                 "divisor": len(embeddings),  # for DivisorReducer
@@ -365,10 +367,9 @@ class MultiProxyEntropyLoss(WeightRegularizerMixin, BaseMetricLossFunction):  # 
         dtype = functional.compute_dtype(embeddings, self.proxies)
         similarity: Similarity
         if lengths is None:
-            queries = embeddings.to(dtype)
-            similarity = DistanceCalls(self._similarities, embeddings.device.type)
+            similarity = DistanceCalls(embeddings.to(dtype), self._similarities)
         else:
-            queries, similarity = functional.normalize(embeddings, dtype), CosineProducts(lengths)
+            similarity = CosineProducts(embeddings, lengths)
         settings = streaming.Settings(
             similarity,
             self.pooling,
@@ -379,7 +380,7 @@ class MultiProxyEntropyLoss(WeightRegularizerMixin, BaseMetricLossFunction):  # 
             partial(self._own_usage, labels=labels, learns=self._learns()),
             plan,
         )
-        return streaming.loss_and_terms(queries, self.proxies.to(dtype), labels, settings)
+        return streaming.loss_and_terms(embeddings, self.proxies.to(dtype), labels, settings)
 
     def _weights(self) -> functional.Weights:
         return functional.Weights(self.intra_weight, self.inter_weight, self.balance_weight)
@@ -405,7 +406,7 @@ class MultiProxyEntropyLoss(WeightRegularizerMixin, BaseMetricLossFunction):  # 
             return None
         lengths = torch.linalg.vector_norm(self.proxies.detach(), dim=-1).flatten()
         # Their squares may overflow; on a GPU, looking would make it wait.
-        return lengths if lengths.is_cuda or lengths.isfinite().all() else None
+        return lengths if lengths.is_cuda or lengths.amax() < math.inf else None
 
     def _to_all_proxies(self, embeddings: Tensor) -> Tensor:
         """The similarities to all proxies, ``(B, C, K)``."""

@@ -1,11 +1,12 @@
 """How long a step of the loss takes and what memory it needs, next to PML's proxy losses with as many proxies.
 
 The floor is three bare matrix products of the same sizes and dtype, into memory that is there already: similarities,
-gradient of the embeddings, gradient of the proxies. All terms of our loss are on, the distance is the cosine, and its
-pooling is "max" unless the row names another. Times are medians, and so is the ratio to the floor: of the ratios within
-each repeat, in which the floor and all rows take turns. Extra memory is the peak of one step beyond the parameters, one
-gradient of each, and the inputs, in MB of 10^6 bytes; on the CPU, each in a fresh process. Where PyTorch sees a GPU,
-all is measured on it, in float32 and under bfloat16 autocast.
+gradient of the embeddings, gradient of the proxies; "floor, batch last" has the similarities transposed, as our loss
+does. All terms of our loss are on, the distance is the cosine, and its pooling is "max" unless the row names another.
+Times are medians, and so is the ratio to the floor: of the ratios within each repeat, in which the floor and all rows
+take turns, in an order drawn by lot, since the first steps after another row are slower. Extra memory is the peak of
+one step beyond the parameters, one gradient of each, and the inputs, in MB of 10^6 bytes; on the CPU, each in a fresh
+process. Where PyTorch sees a GPU, all is measured on it, in float32 and under bfloat16 autocast.
 
 Writes results/speed.csv, replacing the rows of the shapes that it measures, and makes results/speed.md of it; --growth
 does the same with results/speed_growth. --report draws both; alone, it measures nothing. Needs Linux.
@@ -33,10 +34,10 @@ from matplotlib.figure import Figure
 from pytorch_metric_learning import losses
 from tqdm import tqdm
 
-from pml_multiproxy.losses import MultiProxyEntropyLoss
+from pml_multiproxy import MultiProxyEntropyLoss
+from pml_multiproxy._streaming import CHUNK_BYTES
 
 RESULTS = Path(__file__).parent / "results"
-CHUNK_BYTES = 2**24
 MEMORY_LIMIT_MB = 20_000
 Shape = namedtuple("Shape", "B C K D repeats warm_up", defaults=(15, 3))
 SHAPES = {
@@ -52,23 +53,25 @@ NUMBERS = ("forward ms", "backward ms", "both ms", "ratio to floor", "extra MB",
 
 
 class Floor(torch.nn.Module):
-    def __init__(self, shape):
+    def __init__(self, shape, batch_last):
         super().__init__()
         self.proxies = torch.nn.Parameter(torch.randn(shape.C * shape.K, shape.D), requires_grad=False)
-        self.outputs = None
+        self.batch_last, self.outputs = batch_last, None
 
     def forward(self, embeddings, labels):
         self.embeddings = embeddings.detach().to(self.proxies.dtype)
+        left, right = (self.proxies, self.embeddings) if self.batch_last else (self.embeddings, self.proxies)
         if self.outputs is None:
-            similarities = self.proxies.new_empty(len(embeddings), len(self.proxies))
+            similarities = self.proxies.new_empty(len(left), len(right))
             self.outputs = similarities, torch.empty_like(self.embeddings), torch.empty_like(self.proxies)
-        torch.mm(self.embeddings, self.proxies.T, out=self.outputs[0])
+        torch.mm(left, right.T, out=self.outputs[0])
         return self
 
     def backward(self):
         similarities, of_embeddings, of_proxies = self.outputs
-        torch.mm(similarities, self.proxies, out=of_embeddings)
-        torch.mm(similarities.T, self.embeddings, out=of_proxies)
+        by_proxy = similarities if self.batch_last else similarities.T
+        torch.mm(by_proxy.T, self.proxies, out=of_embeddings)
+        torch.mm(by_proxy, self.embeddings, out=of_proxies)
 
 
 def ours(shape, classes_per_chunk, pooling="max"):
@@ -78,10 +81,11 @@ def ours(shape, classes_per_chunk, pooling="max"):
 
 
 ROWS = {
-    "floor": Floor,
+    "floor": lambda s: Floor(s, batch_last=False),
+    "floor, batch last": lambda s: Floor(s, batch_last=True),
     # Left to itself, the loss would stream where there are many proxies.
     "ours, dense": lambda s: ours(s, s.C),
-    "ours, streamed": lambda s: ours(s, min(CHUNK_BYTES // (4 * s.B * s.K), math.ceil(s.C / 4))),
+    "ours, streamed": lambda s: ours(s, min(CHUNK_BYTES // (4 * s.B * s.K), math.ceil(s.C / 4)) or 1),
     "ours, softmax": lambda s: ours(s, s.C, "softmax"),
     "ours, logsumexp": lambda s: ours(s, s.C, "logsumexp"),
     "SoftTripleLoss": lambda s: losses.SoftTripleLoss(s.C, s.D, centers_per_class=s.K),
@@ -91,7 +95,8 @@ ROWS = {
 }
 GROWTH_ROWS = ("floor", "ours, dense", "ours, streamed", "SoftTripleLoss", "SubCenterArcFaceLoss")
 # In this map, four shades of blue come first, then four of orange.
-COLORS = {row: matplotlib.colormaps["tab20c"](i) for i, row in enumerate(ROWS, start=-1)} | {"floor": "black"}
+COLORS = {row: matplotlib.colormaps["tab20c"](max(i, 0)) for i, row in enumerate(ROWS, start=-2)}
+COLORS |= {"floor": "black", "floor, batch last": "gray"}
 CPU = re.search(r"model name\s*:\s*(.+)|$", Path("/proc/cpuinfo").read_text())[1] or "CPU"
 MACHINE = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{CPU}, {os.cpu_count()} cores"
 MODES = [("cuda", "float32"), ("cuda", "bfloat16")] if torch.cuda.is_available() else [("cpu", "float32")]
@@ -103,7 +108,7 @@ class Run:
     def __init__(self, row, shape, mode):
         torch.manual_seed(0)
         device, dtype = mode[0], getattr(torch, mode[1])
-        self.loss_func = ROWS[row](shape).to(device, dtype if row == "floor" else torch.float32)
+        self.loss_func = ROWS[row](shape).to(device, dtype if row.startswith("floor") else torch.float32)
         self.embeddings = torch.randn(shape.B, shape.D, device=device, requires_grad=True)
         self.labels = torch.randint(shape.C, (shape.B,), device=device)
         if row in ("NormalizedSoftmaxLoss", "ProxyAnchorLoss"):  # whose classes have one proxy each
@@ -166,7 +171,7 @@ def why_not(row, shape, mode):
 
 
 def measure(name, shape, mode, rows, repeats):
-    notes, memory, seconds = {}, {}, []
+    notes, memory, seconds, order = {}, {}, [], np.random.default_rng(0)
     with tqdm(desc=f"{name} {' '.join(mode)}", total=len(rows) + shape.warm_up + repeats) as bar:
         for row in rows:
             notes[row] = why_not(row, shape, mode)
@@ -175,7 +180,8 @@ def measure(name, shape, mode, rows, repeats):
             bar.update()
         runs = [Run(row, shape, mode) for row in memory]
         for _ in range(shape.warm_up + repeats):
-            seconds.append([run.step() for run in runs])
+            taken = {i: runs[i].step() for i in order.permutation(len(runs))}
+            seconds.append([taken[i] for i in range(len(runs))])
             bar.update()
     seconds = np.array(seconds[shape.warm_up :])
     medians = 1e3 * np.median(seconds, axis=0)
@@ -236,9 +242,9 @@ def draw_bars(rows):
         shown = [row for row in rows if table_of(row)[1:] == mode]
         shapes = list(dict.fromkeys(row["shape"] for row in shown))
         for row in shown:
-            x = shapes.index(row["shape"]) + 0.1 * (list(ROWS).index(row["row"]) - 4)
+            x = shapes.index(row["shape"]) + 0.09 * (list(ROWS).index(row["row"]) - 4.5)
             y = float(row[column] or 0)
-            ax.bar(x, y, 0.095, color=COLORS[row["row"]], label="_" * (row["shape"] != shapes[0]) + row["row"])
+            ax.bar(x, y, 0.085, color=COLORS[row["row"]], label="_" * (row["shape"] != shapes[0]) + row["row"])
             ax.text(x, y, f" {row['note'][:7] or rounded(y)}", rotation=90, ha="center", va="bottom", fontsize=9)
         title = f"{column}: {', '.join(mode)}; {shown[-1]['machine']}, {shown[-1]['threads']} threads"
         ax.set(xticks=range(len(shapes)), xticklabels=shapes, ymargin=0.2, ylabel=column, title=title)

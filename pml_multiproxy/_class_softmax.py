@@ -31,12 +31,6 @@ class Sums(NamedTuple):
         alpha = shift.exp()
         return Sums(maximum, alpha * self.z, alpha * torch.addcmul(self.t, shift, self.z))
 
-    def joined(self, other: "Sums") -> "Sums":
-        """Over the classes of both."""
-        maximum = torch.maximum(self.maximum, other.maximum)
-        a, b = self.relative_to(maximum), other.relative_to(maximum)
-        return Sums(maximum, a.z + b.z, a.t + b.t)
-
 
 class ClassSoftmax:
     """Forward calls :meth:`add` for all classes, then :meth:`close`; backward :meth:`begin`, then :meth:`gradient`."""
@@ -51,10 +45,15 @@ class ClassSoftmax:
         lowest = torch.finfo(logits.dtype).min
         own.put(logits, 0.75 * lowest)
         maximum = logits.amax(dim=0).clamp_min_(lowest / 2)
+        if self.others:
+            maximum = torch.maximum(maximum, self.others.maximum)
         exponentials = logits.sub_(maximum).exp()
         z = exponentials.sum(dim=0)
-        sums = Sums(maximum, z, exponentials.mul_(logits).sum(dim=0))
-        self.others = self.others.joined(sums) if self.others else sums
+        t = exponentials.mul_(logits).sum(dim=0)
+        if self.others:
+            before = self.others.relative_to(maximum)
+            z, t = before.z + z, before.t + t
+        self.others = Sums(maximum, z, t)
 
     def close(self, own_logit: Tensor, margin: float) -> None:
         """``own_logit``, ``(B,)``, of the true class; the ``margin`` it has to win by, in units of the logits."""

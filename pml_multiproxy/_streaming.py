@@ -22,8 +22,11 @@ from ._similarities import Similarity
 DENSE_BYTES = 2**28
 """While all similarities would take no more than this, backward finds kept what it needs of them."""
 
-CHUNK_BYTES = 2**22
-"""What the similarities of a chunk take."""
+CHUNK_BYTES = 2**21
+"""What the similarities of a chunk take on a CPU, in whose cache they stay."""
+
+CHUNK_BYTES_ELSEWHERE = 2**26
+"""What they take on a GPU, which less would not keep busy."""
 
 
 class Plan(NamedTuple):
@@ -32,21 +35,21 @@ class Plan(NamedTuple):
     """Whether backward finds what forward computed, or computes it once more."""
 
 
-def make_plan(
-    classes_per_chunk: int | None, batch_size: int, num_classes: int, per_class: int, dtype: torch.dtype
-) -> Plan:
-    """By the sizes alone, and ``classes_per_chunk`` where given, unless it is all of them.
+def make_plan(classes_per_chunk: int | None, batch_size: int, proxies: Tensor, dtype: torch.dtype) -> Plan:
+    """By the sizes and the kind of device alone, and by ``classes_per_chunk`` where it asks for fewer than all.
 
-    >>> make_plan(None, 256, 11318, 5, torch.float32), make_plan(None, 256, 100_000, 10, torch.float32)
-    (Plan(classes_per_chunk=819, keep=True), Plan(classes_per_chunk=409, keep=False))
+    >>> make_plan(None, 256, torch.empty(11318, 5, 512), torch.float32)
+    Plan(classes_per_chunk=409, keep=True)
+    >>> make_plan(None, 256, torch.empty(100_000, 10, 128), torch.float32)
+    Plan(classes_per_chunk=204, keep=False)
     """
+    num_classes, per_class, _ = proxies.shape
+    if classes_per_chunk is not None and classes_per_chunk < num_classes:
+        return Plan(classes_per_chunk, keep=False)
     bytes_per_class = max(batch_size, 1) * per_class * dtype.itemsize
-    in_cache = max(CHUNK_BYTES // bytes_per_class, 1)
-    if classes_per_chunk is None:
-        return Plan(in_cache, keep=num_classes * bytes_per_class <= DENSE_BYTES)
-    if classes_per_chunk >= num_classes:
-        return Plan(in_cache, keep=True)
-    return Plan(classes_per_chunk, keep=False)
+    chunk_bytes = CHUNK_BYTES if proxies.device.type == "cpu" else CHUNK_BYTES_ELSEWHERE
+    keep = classes_per_chunk is not None or num_classes * bytes_per_class <= DENSE_BYTES
+    return Plan(max(chunk_bytes // bytes_per_class, 1), keep)
 
 
 class Settings(NamedTuple):
@@ -91,7 +94,7 @@ class _Loss(torch.autograd.Function):
             own_pooled = chunk.own.get(pooling.pooled, own_pooled)
             over_classes.add(settings.scale * pooling.pooled, chunk.own)
             if settings.plan.keep:
-                kept.append((chunk, pooling.pooled, pooling.differentiate()))
+                kept.append((chunk, pooling.pooled, pooling.differentiate(kept=True)))
         over_classes.close(settings.scale * own_pooled, settings.scale * settings.margin)
         within_class = _WithinClass(own, settings)
         terms = functional.Terms(
@@ -127,7 +130,7 @@ def _computed_again(
 ) -> Iterator[tuple["_Chunk", Tensor, Callable[[Tensor], Tensor]]]:
     for chunk in _chunks(proxies, labels, settings):
         pooling = settings.pool(chunk.similarities())
-        yield chunk, pooling.pooled, pooling.differentiate()
+        yield chunk, pooling.pooled, pooling.differentiate(kept=False)
 
 
 class _WithinClass:

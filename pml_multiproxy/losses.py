@@ -95,9 +95,9 @@ class MultiProxyEntropyLoss(WeightRegularizerMixin, BaseMetricLossFunction):  # 
         usage_momentum: how much of the usage one sample of a class leaves as it was, from 0 to 1.
         reseed_below: each training call first moves, in each class of the batch, one proxy whose usage is below this
             part of an even share onto a sample of the class, from 0 (never) to below 1; 0.1 is a good first try.
-        classes_per_chunk: how many classes to compute at a time, exactly: fewer take less memory, and more time in
+        classes_per_chunk: how many classes to hold at a time, exactly: fewer take less memory, and more time in
             backward, which then computes similarities once more. ``None``: all, while their similarities
-            (``B * C * K`` numbers) take at most 256 MiB, else as many as take 8 MiB.
+            (``B * C * K`` numbers) take at most 256 MiB, else as many as take 2 MiB (on a GPU, 64 MiB).
         **kwargs: PML's: ``distance`` (default: ``CosineSimilarity``), ``reducer`` (default: ``MeanReducer``),
             ``weight_regularizer``, ``weight_reg_weight``, ``weight_init_func`` (called on the proxies as
             ``(C * K, D)``; default: random directions of unit length), ``embedding_regularizer``,
@@ -335,8 +335,7 @@ class MultiProxyEntropyLoss(WeightRegularizerMixin, BaseMetricLossFunction):  # 
 
     def _losses(self, embeddings: Tensor, labels: Tensor) -> Tensor:
         dtype = functional.compute_dtype(embeddings, self.proxies)
-        sizes = len(embeddings), self.num_classes, self.proxies_per_class
-        plan = streaming.make_plan(self.classes_per_chunk, *sizes, dtype)
+        plan = streaming.make_plan(self.classes_per_chunk, len(embeddings), self.proxies, dtype)
         lengths = self._lengths(dtype)
         # A compiler does better on the plain equations; by other distances, so does autograd while all fit at once.
         if torch.compiler.is_compiling() or (plan.keep and lengths is None):

@@ -201,12 +201,16 @@ def test_empty_batch():
 
 
 def test_chunks_are_chosen_by_the_sizes_alone():
-    def plan(*sizes, chosen=None):
-        return _streaming.make_plan(chosen, *sizes, torch.float32)
+    def plan(batch_size, *shape, chosen=None, device="cpu"):
+        proxies = torch.empty(*shape, 4, device="meta")
+        if device == "cpu":
+            proxies = torch.empty(1, device="cpu").expand(*shape, 4)
+        return _streaming.make_plan(chosen, batch_size, proxies, torch.float32)
 
-    in_cache = 2**22 // (256 * 5 * 4)
+    in_cache = 2**21 // (256 * 5 * 4)
     assert plan(256, 11318, 5) == (in_cache, True)  # 58 MB
     assert plan(256, 100_000, 5) == (in_cache, False)  # 512 MB
+    assert plan(256, 11318, 5, device="another") == (2**26 // (256 * 5 * 4), True)
     assert plan(256, 100, 5, chosen=100) == plan(256, 100, 5, chosen=101) == (in_cache, True)
     assert plan(256, 100_000, 5, chosen=100_000) == (in_cache, True)
     assert plan(256, 100, 5, chosen=99) == (99, False)

@@ -306,16 +306,14 @@ def updated_usage(usage: Tensor, assignments: Tensor, labels: Tensor, momentum: 
     assignments = assignments.detach()
     sums = assignments.sum(dim=1, keepdim=True)
     counted = torch.where(sums - sums == 0, assignments, 0)  # what is not finite does not equal itself less itself
-    # Matching labels with each other, rather than torch.unique, keeps a GPU from waiting for the host.
-    same_class = labels.unsqueeze(1) == labels
-    with torch.autocast(labels.device.type, enabled=False):
-        total = same_class.to(counted.dtype) @ counted
+    # The last sample of a class has its number stand for the class. torch.unique would make a GPU wait for the host.
+    number_of_class = labels.new_empty(len(usage))
+    number_of_class[labels] = torch.arange(len(labels), device=labels.device)
+    numbers = number_of_class[labels]
+    total = torch.zeros_like(counted).index_add_(0, numbers, counted)[numbers]
     count = total.sum(dim=1, keepdim=True).round_()  # rows sum to 1
     mean = total / count.clamp_min(1)
-    rows = torch.lerp(mean, usage[labels].to(mean.dtype), momentum**count)
-    # A matrix product may round equal rows differently. One of them has to speak for its class.
-    first_of_class = same_class.max(dim=1).indices
-    return rows[first_of_class]
+    return torch.lerp(mean, usage[labels].to(mean.dtype), momentum**count)
 
 
 def balance(assignments: Tensor, own_usage: Tensor) -> Tensor:

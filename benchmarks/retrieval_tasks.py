@@ -1,0 +1,169 @@
+"""What retrieval.py trains and evaluates on: the data of each task, its network, and how long it trains."""
+
+import io
+import zipfile
+from functools import cache, partial
+from itertools import pairwise
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from torch import Tensor, nn
+
+CLINC = "clinc150_minilm.npz"
+OMNIGLOT = "omniglot/images_background_small1.zip", "omniglot/images_background_small2.zip"
+SOURCES = {
+    CLINC: "CLINC150 (github.com/clinc/oos-eval, data_full.json) as L2-normalised embeddings of all-MiniLM-L6-v2, with "
+    "arrays features, label, superclass, split (0 train, 1 validation, 2 test)",
+    **dict.fromkeys(OMNIGLOT, "of Omniglot (github.com/brendenlake/omniglot, python/)"),
+}
+
+
+class Data(NamedTuple):
+    """Inputs; the labels to train with; those to retrieve, which number all classes of the task."""
+
+    x: Tensor
+    coarse: Tensor
+    fine: Tensor
+
+    def where(self, mask):
+        return Data(*(part[mask] for part in self))
+
+
+class Task(NamedTuple):
+    """``train``, ``validation`` and ``test`` share no sample and, if ``unseen``, no class."""
+
+    train: Data
+    validation: Data
+    test: Data
+    make_network: object
+    embedding_size: int
+    epochs: int
+    batch_size: int
+    per_class: int | None = None
+    """How many samples of a class a batch holds, where classes are many; None: batches are drawn at random."""
+
+    def phase(self, name):
+        """What to train and what to evaluate on. For the test, validation data are trained on, too."""
+        if name == "validation":
+            return self.train, self.validation
+        both = Data(*(torch.cat(parts) for parts in zip(self.train, self.validation, strict=True)))
+        return both, self.test
+
+
+def path_of(folder, name):
+    path = Path(folder or ".") / name
+    if not path.exists():
+        raise SystemExit(f"{path} is missing: {SOURCES[name]}. --data names the folder that holds it.")
+    return path
+
+
+def digits_coarse(folder):
+    """Even and odd, then the digit."""
+    images, digits = load_digits(return_X_y=True)
+    data = Data(torch.tensor(images / 16).float().view(-1, 1, 8, 8), torch.tensor(digits % 2), torch.tensor(digits))
+    rest, test = train_test_split(np.arange(len(digits)), test_size=0.5, stratify=digits, random_state=0)
+    train, validation = train_test_split(rest, test_size=0.3, stratify=digits[rest], random_state=0)
+    make_network = partial(ConvNet, [1, 32, 64, 64], pooled_after=(1, 2), flat=256)
+    return Task(*(data.where(torch.tensor(part)) for part in (train, validation, test)), make_network, 64, 15, 64)
+
+
+@cache
+def clinc(folder):
+    arrays = np.load(path_of(folder, CLINC))
+    names = "features", "superclass", "label", "split"
+    features, domains, intents, split = (torch.tensor(arrays[name].astype("float32")) for name in names)
+    return Data(features, domains.long(), intents.long()), split
+
+
+def clinc_coarse(folder):
+    """Ten domains, then the 150 intents."""
+    data, split = clinc(folder)
+    return Task(*(data.where(split == part) for part in range(3)), ResidualHead, 384, 10, 128)
+
+
+def clinc_unseen(folder):
+    """75 intents, then the other 75: 15 of the first are the validation classes."""
+    data, split = clinc(folder)
+    data = data._replace(coarse=data.fine)
+    order = torch.randperm(150, generator=torch.Generator().manual_seed(0)).argsort()[data.fine]
+    known = split < 2
+    parts = known & (order < 60), known & (order >= 60) & (order < 75), (split == 2) & (order >= 75)
+    return Task(*map(data.where, parts), ResidualHead, 384, 10, 128, per_class=4)
+
+
+@cache
+def omniglot(folder, number):
+    """Images 28 x 28, ink is 1; the alphabet, the character, and the number of the drawing, of each."""
+    images, alphabets, characters, drawings = [], [], [], []
+    with zipfile.ZipFile(path_of(folder, OMNIGLOT[number])) as file:
+        names = sorted(name for name in file.namelist() if name.endswith(".png") and "__MACOSX" not in name)
+        for name in names:
+            *_, alphabet, character, drawing = name.split("/")
+            small = Image.open(io.BytesIO(file.read(name))).convert("L").resize((28, 28), Image.Resampling.BOX)
+            images.append(1 - np.asarray(small, dtype="float32") / 255)
+            alphabets.append(alphabet)
+            characters.append(f"{alphabet}/{character}")
+            drawings.append(int(drawing.split("_")[1].split(".")[0]))
+    return torch.tensor(np.stack(images)).unsqueeze(1), np.array(alphabets), np.array(characters), np.array(drawings)
+
+
+def omniglot_network():
+    return ConvNet([1, 32, 64, 64, 64], pooled_after=(0, 1, 2), flat=576)
+
+
+def omniglot_coarse(folder):
+    """Five alphabets, then their 136 characters, in the hand of other people."""
+    images, alphabets, characters, drawings = omniglot(folder, 0)
+    data = Data(images, *(torch.tensor(np.unique(names, return_inverse=True)[1]) for names in (alphabets, characters)))
+    parts = drawings <= 10, (drawings > 10) & (drawings <= 14), drawings > 14
+    return Task(*(data.where(torch.tensor(part)) for part in parts), omniglot_network, 64, 20, 128)
+
+
+def omniglot_unseen(folder):
+    """136 characters, of which 30 are the validation classes, then 106 characters of other alphabets."""
+    images, known, characters, _ = omniglot(folder, 0)
+    other_images, alphabets, other_characters, _ = omniglot(folder, 1)
+    new = ~np.isin(alphabets, known)
+    names = np.concatenate([characters, other_characters[new]])
+    labels = torch.tensor(np.unique(names, return_inverse=True)[1])
+    data = Data(torch.cat([images, other_images[torch.tensor(new)]]), labels, labels)
+    old = torch.arange(len(names)) < len(characters)
+    chosen = torch.randperm(len(set(characters)), generator=torch.Generator().manual_seed(0))[:30]
+    validation = old & torch.isin(labels, labels[old].unique()[chosen])
+    return Task(*map(data.where, (old & ~validation, validation, ~old)), omniglot_network, 64, 20, 128, per_class=4)
+
+
+TASKS = {
+    "digits-coarse": digits_coarse,
+    "clinc-coarse": clinc_coarse,
+    "omniglot-coarse": omniglot_coarse,
+    "clinc-unseen": clinc_unseen,
+    "omniglot-unseen": omniglot_unseen,
+}
+
+
+class ResidualHead(nn.Module):
+    """Starts as the identity: a loss has to do better than the features as they are."""
+
+    def __init__(self, size=384, hidden=512):
+        super().__init__()
+        self.first, self.second = nn.Linear(size, hidden), nn.Linear(hidden, size)
+        nn.init.zeros_(self.second.weight)
+        nn.init.zeros_(self.second.bias)
+
+    def forward(self, x):
+        return x + self.second(torch.relu(self.first(x)))
+
+
+class ConvNet(nn.Sequential):
+    def __init__(self, channels, pooled_after, flat, size=64):
+        layers = []
+        for i, (before, after) in enumerate(pairwise(channels)):
+            layers += [nn.Conv2d(before, after, 3, padding=1), nn.BatchNorm2d(after), nn.ReLU()]
+            layers += [nn.MaxPool2d(2)] * (i in pooled_after)
+        super().__init__(*layers, nn.Flatten(), nn.Linear(flat, size))

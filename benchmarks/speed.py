@@ -9,7 +9,7 @@ one step beyond the parameters, one gradient of each, and the inputs, in MB of 1
 process. Where PyTorch sees a GPU, all is measured on it, in float32 and under bfloat16 autocast.
 
 Writes results/speed.csv, replacing the rows of the shapes that it measures, and makes results/speed.md of it; --growth
-does the same with results/speed_growth. --report draws both; alone, it measures nothing. Needs Linux.
+writes results/speed_growth.csv. --report draws both; alone, it measures nothing. Needs Linux.
 """
 
 import argparse
@@ -207,7 +207,7 @@ def read(name):
 
 
 def store(name, new, shapes):
-    """Puts rows into the CSV, in place of those of the same tables, and makes the tables of it."""
+    """Puts rows into the CSV, in place of those of the same tables."""
     replaced, order = {table_of(row) for row in new}, list(shapes)
     rows = [row for row in read(name) if table_of(row) not in replaced] + new
     rows.sort(key=lambda row: (row["device"], row["dtype"] != "float32", order.index(row["shape"])))
@@ -215,7 +215,6 @@ def store(name, new, shapes):
         writer = csv.DictWriter(file, new[0], lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    (RESULTS / f"{name}.md").write_text("\n".join(table(list(rows)) for _, rows in groupby(read(name), table_of)))
 
 
 def table(rows):
@@ -294,6 +293,10 @@ def main():
             new = measure(name, shapes[name], mode, rows, args.repeats or shapes[name].repeats)
             store(file, new, shapes)
             measured += new
+    if read("speed"):
+        tables = (table(list(rows)) for _, rows in groupby(read("speed"), table_of))
+        (RESULTS / "speed.md").write_text("\n".join(tables))
+    for file, _, _, _, draw in files:
         if args.report and read(file):
             draw(read(file))
     if args.json:

@@ -1,7 +1,7 @@
 """The loss, as PyTorch Metric Learning knows losses."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -258,7 +258,8 @@ class MultiProxyEntropyLoss(WeightRegularizerMixin, BaseMetricLossFunction):  # 
         torch.Size([5, 4])
         """
         check.embeddings(embeddings, self.proxies)
-        return self.scale * self._pool(self._to_all_proxies(embeddings))
+        pooled = [self._pool(similarities) for _, similarities in self._in_chunks(embeddings)]
+        return self.scale * torch.cat(pooled, dim=1)
 
     @torch.no_grad()
     def assign(self, embeddings: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -280,7 +281,12 @@ class MultiProxyEntropyLoss(WeightRegularizerMixin, BaseMetricLossFunction):  # 
         if labels is not None:
             labels = check.labels(labels, len(embeddings), self.num_classes).to(embeddings.device)
             return labels, self._to_own_proxies(embeddings, labels).argmax(dim=1)
-        nearest = self._to_all_proxies(embeddings).flatten(1).argmax(dim=1)
+        nearest = torch.zeros(len(embeddings), dtype=torch.long, device=embeddings.device)
+        similarity = torch.full_like(nearest, -math.inf, dtype=functional.compute_dtype(embeddings, self.proxies))
+        for start, similarities in self._in_chunks(embeddings):
+            values, places = similarities.flatten(1).max(dim=1)
+            nearest = torch.where(values > similarity, start * self.proxies_per_class + places, nearest)
+            similarity = torch.maximum(similarity, values)
         return nearest // self.proxies_per_class, nearest % self.proxies_per_class
 
     @torch.no_grad()
@@ -348,7 +354,7 @@ class MultiProxyEntropyLoss(WeightRegularizerMixin, BaseMetricLossFunction):  # 
 
     def _by_autograd(self, embeddings: Tensor, labels: Tensor) -> tuple[Tensor, functional.Terms]:
         """The loss of each sample, and the terms in it, by the plain equations."""
-        similarities = self._to_all_proxies(embeddings)
+        similarities = self._to_proxies(embeddings, self.proxies)
         classes, own = self._pool(similarities), similarities[_rows(labels), labels]
         assignments = functional.assignment(own, self.temperature)
         terms = functional.Terms(
@@ -407,16 +413,22 @@ class MultiProxyEntropyLoss(WeightRegularizerMixin, BaseMetricLossFunction):  # 
         # Their squares may overflow; on a GPU, looking would make it wait.
         return lengths if lengths.is_cuda or lengths.amax() < math.inf else None
 
-    def _to_all_proxies(self, embeddings: Tensor) -> Tensor:
-        """The similarities to all proxies, ``(B, C, K)``."""
-        similarities = self._similarities(embeddings, self.proxies.flatten(0, 1))
-        return similarities.view(len(embeddings), self.num_classes, self.proxies_per_class)
+    def _in_chunks(self, embeddings: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """The first of some classes, and the similarities to their proxies, ``(B, c, K)``."""
+        dtype = functional.compute_dtype(embeddings, self.proxies)
+        plan = streaming.make_plan(self.classes_per_chunk, len(embeddings), self.proxies, dtype)
+        count = self.num_classes if plan.keep else plan.classes_per_chunk
+        for start in range(0, self.num_classes, count):
+            yield start, self._to_proxies(embeddings, self.proxies[start : start + count])
 
     def _to_own_proxies(self, embeddings: Tensor, labels: Tensor) -> Tensor:
         """The similarities to the proxies of the class of each label, ``(B, K)``, without those of absent classes."""
         classes, position = torch.unique(labels, return_inverse=True)
-        similarities = self._similarities(embeddings, self.proxies[classes].flatten(0, 1))
-        return similarities.view(len(embeddings), len(classes), self.proxies_per_class)[_rows(labels), position]
+        return self._to_proxies(embeddings, self.proxies[classes])[_rows(labels), position]
+
+    def _to_proxies(self, embeddings: Tensor, proxies: Tensor) -> Tensor:
+        """The similarities to proxies ``(c, K, D)``, ``(B, c, K)``."""
+        return self._similarities(embeddings, proxies.flatten(0, 1)).view(len(embeddings), *proxies.shape[:2])
 
     def _similarities(self, embeddings: Tensor, proxies: Tensor) -> Tensor:
         """``(B, P)``, larger is nearer, in at least float32, also where autocast has the products in less."""

@@ -288,7 +288,7 @@ def main():
     chosen = args.shape or ([] if args.growth or args.report else SHAPES)
     growth, measured = GROWTH if args.growth else [], []
     files = ("speed", SHAPES, chosen, ROWS, draw_bars), ("speed_growth", GROWTH, growth, GROWTH_ROWS, draw_growth)
-    for file, shapes, names, rows, draw in files:
+    for file, shapes, names, rows, _ in files:
         for name, mode in product(names, MODES):
             new = measure(name, shapes[name], mode, rows, args.repeats or shapes[name].repeats)
             store(file, new, shapes)
@@ -296,7 +296,7 @@ def main():
     if read("speed"):
         tables = (table(list(rows)) for _, rows in groupby(read("speed"), table_of))
         (RESULTS / "speed.md").write_text("\n".join(tables))
-    for file, _, _, _, draw in files:
+    for file, *_, draw in files:
         if args.report and read(file):
             draw(read(file))
     if args.json:

@@ -25,13 +25,14 @@ from pytorch_metric_learning.samplers import MPerClassSampler
 from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
 from retrieval_losses import FAMILIES, UNTRAINED, cluster, load
 from retrieval_report import chosen, report
-from retrieval_tasks import TASKS
+from retrieval_tasks import IMAGE_TASKS, TASKS
 from torch import nn
 from tqdm import tqdm
 
 RESULTS = Path(__file__).parent / "results" / "retrieval"
 METRICS = "map_at_r", "r_precision", "precision_at_1"
 VALIDATION_SEED = 100
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SWEEPS = {
     "proxies_per_class": [1, 2, 5, 10, 20, 30, 50],
     "scale": [5, 20, 30],
@@ -53,15 +54,15 @@ def train(task, data, family, configuration, seed):
     count = settings.pop("clusters", None)
     if count:
         labels = torch.unique(cluster(data.x, labels, count, seed), return_inverse=True)[1]
-    network = task.make_network()
-    loss_func = family.build(int(labels.max()) + 1, task.embedding_size, **settings)
+    network = task.make_network().to(DEVICE)
+    loss_func = family.build(int(labels.max()) + 1, task.embedding_size, **settings).to(DEVICE)
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3)
     if list(loss_func.parameters()):
         optimizer.add_param_group({"params": loss_func.parameters(), "lr": proxies_lr})
     for _ in range(task.epochs):
         for batch in batches(task, data.coarse):
             optimizer.zero_grad()
-            loss_func(network(data.x[batch]), labels[batch]).backward()
+            loss_func(network(data.x[batch].to(DEVICE)), labels[batch].to(DEVICE)).backward()
             optimizer.step()
     return network
 
@@ -79,7 +80,9 @@ def evaluate(network, data):
     calculator = AccuracyCalculator(
         include=("mean_average_precision_at_r", *METRICS[1:]), k="max_bin_count", return_per_class=True
     )
-    embeddings = nn.functional.normalize(network.eval()(data.x))
+    network.eval()
+    numbers = torch.arange(len(data.x)).split(1024)
+    embeddings = torch.cat([nn.functional.normalize(network(data.x[batch].to(DEVICE))).cpu() for batch in numbers])
     by_class = calculator.get_accuracy(embeddings, data.fine)
     by_class["map_at_r"] = by_class["mean_average_precision_at_r"]
     means = {name: f"{100 * np.mean(by_class[name]):.2f}" for name in METRICS}
@@ -90,7 +93,9 @@ def run(task, phase, name, configuration, seed):
     torch.manual_seed(seed)
     np.random.seed(seed)  # which the sampler draws from
     data, unseen = task.phase(phase)
-    network = task.make_network() if name == UNTRAINED else train(task, data, FAMILIES[name], configuration, seed)
+    network = (
+        task.make_network().to(DEVICE) if name == UNTRAINED else train(task, data, FAMILIES[name], configuration, seed)
+    )
     return evaluate(network, unseen)
 
 
@@ -115,7 +120,7 @@ class Runs:
         return seed in self.get(phase, loss, index)
 
     def add(self, phase, loss, index, configuration, seed):
-        self.task = self.task or TASKS[self.name](self.folder)
+        self.task = self.task or (TASKS | IMAGE_TASKS)[self.name](self.folder)
         start = time.perf_counter()
         result = run(self.task, "validation" if phase == "sweep" else phase, loss, configuration, seed)
         row = {
@@ -129,7 +134,7 @@ class Runs:
             "date": date.today().isoformat(),
             "torch": torch.__version__,
             "PML": version("pytorch-metric-learning"),
-            "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+            "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {DEVICE}",
         }
         new = not self.path.exists()
         with self.path.open("a", newline="") as file:
@@ -142,13 +147,14 @@ class Runs:
 
 def plan(runs, name, args):
     """The arguments of the runs that there should be, in the order to do them in."""
-    configurations = {loss: load()[loss][: args.configs] for loss in args.losses}
+    # Of images, there are no inputs that k-means could cluster.
+    losses = [loss for loss in args.losses if name in TASKS or FAMILIES[loss].several != "clusters"]
     for index in range(args.configs):
-        for loss in args.losses:
-            yield "validation", loss, index, configurations[loss][index], VALIDATION_SEED
+        for loss in losses:
+            yield "validation", loss, index, load()[loss][index], VALIDATION_SEED
     for seed in range(args.seeds):
         yield "test", UNTRAINED, 0, None, seed
-        for loss in args.losses:
+        for loss in losses:
             for index in sorted(set(chosen(runs, name, loss).values())):
                 yield "test", loss, index, load()[loss][index], seed
     if args.sweep:
@@ -168,8 +174,9 @@ def sweep(seeds):
 
 
 def main():
+    tasks = [*TASKS, *IMAGE_TASKS]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--task", nargs="+", choices=TASKS, default=[], metavar="NAME", help=", ".join(TASKS))
+    parser.add_argument("--task", nargs="+", choices=tasks, default=[], metavar="NAME", help=", ".join(tasks))
     parser.add_argument("--losses", nargs="+", choices=FAMILIES, default=list(FAMILIES), metavar="NAME")
     parser.add_argument("--data", metavar="DIR", help="where the files lie that are not part of scikit-learn")
     parser.add_argument("--configs", type=int, default=12, metavar="N", help="how many of each loss; default: all 12")
@@ -181,7 +188,7 @@ def main():
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     args.out.mkdir(parents=True, exist_ok=True)
-    runs = {name: Runs(name, args.data, args.out) for name in TASKS}
+    runs = {name: Runs(name, args.data, args.out) for name in tasks}
     for name in args.task:
         for _ in range(2):  # in the second round, validation has chosen what to test
             todo = [arguments for arguments in plan(runs, name, args) if not runs[name].has(*arguments)]

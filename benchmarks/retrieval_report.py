@@ -1,9 +1,14 @@
 """The tables and pictures of retrieval.py, made of its CSV files alone."""
 
+import inspect
+
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 from retrieval_losses import FAMILIES, REFERENCES, UNTRAINED
+from retrieval_tasks import TASKS
+
+from pml_multiproxy import MultiProxyEntropyLoss
 
 OURS = "MultiProxyEntropy"
 PEERS = [name for name in FAMILIES if name not in REFERENCES and not name.startswith(OURS)]
@@ -17,13 +22,14 @@ RESAMPLES = 4000
 
 def chosen(runs, name, loss):
     """The number of the configuration that each table takes; those that cannot be known yet are left out."""
-    validated = {task: of_task.validated(loss) for task, of_task in runs.items()}
     tables = {"defaults": 0}
-    if validated[name]:
-        tables["best here"] = int(np.argmax(validated[name]))
-    others = [np.array(scores) / max(scores) for task, scores in validated.items() if task != name and scores]
-    if len(others) == len(runs) - 1:
-        tables["best elsewhere"] = int(np.argmax(np.mean(others, axis=0)))
+    here, *others = (runs[task].validated(loss) for task in (name, *(task for task in TASKS if task != name)))
+    if here:
+        tables["best here"] = int(np.argmax(here))
+    if all(others):  # each counts by how far it is from the best on its task
+        tables["best elsewhere"] = int(
+            np.argmax(np.mean([np.array(scores) / max(scores) for scores in others], axis=0))
+        )
     return tables
 
 
@@ -170,8 +176,4 @@ def draw_sensitivity(runs, names, out):
 
 
 def default_values():
-    import inspect
-
-    from pml_multiproxy import MultiProxyEntropyLoss
-
     return {key: value.default for key, value in inspect.signature(MultiProxyEntropyLoss).parameters.items()}

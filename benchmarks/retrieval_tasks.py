@@ -1,7 +1,11 @@
-"""What retrieval.py trains and evaluates on: the data of each task, its network, and how long it trains."""
+"""What retrieval.py trains and evaluates on: the data of each task, its network, and how long it trains.
+
+``cub``, ``cars196`` and ``sop`` are for a machine with a GPU: PML's own dataset classes, with a trunk from timm.
+"""
 
 import io
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
 from itertools import pairwise
 from pathlib import Path
@@ -9,12 +13,14 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
+from clinc import FILE as CLINC
+from clinc import SIZE, ResidualHead
+from PIL import Image, ImageOps
+from pytorch_metric_learning import datasets
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 
-CLINC = "clinc150_minilm.npz"
 OMNIGLOT = "omniglot/images_background_small1.zip", "omniglot/images_background_small2.zip"
 SOURCES = {
     CLINC: "CLINC150 (github.com/clinc/oos-eval, data_full.json) as L2-normalised embeddings of all-MiniLM-L6-v2, with "
@@ -51,8 +57,11 @@ class Task(NamedTuple):
         """What to train and what to evaluate on. For the test, validation data are trained on, too."""
         if name == "validation":
             return self.train, self.validation
-        both = Data(*(torch.cat(parts) for parts in zip(self.train, self.validation, strict=True)))
-        return both, self.test
+        return Data(*(joined(*parts) for parts in zip(self.train, self.validation, strict=True))), self.test
+
+
+def joined(a, b):
+    return torch.cat([a, b]) if isinstance(a, Tensor) else Images(np.concatenate([a.paths, b.paths]), a.size)
 
 
 def path_of(folder, name):
@@ -83,7 +92,7 @@ def clinc(folder):
 def clinc_coarse(folder):
     """Ten domains, then the 150 intents."""
     data, split = clinc(folder)
-    return Task(*(data.where(split == part) for part in range(3)), ResidualHead, 384, 10, 128)
+    return Task(*(data.where(split == part) for part in range(3)), ResidualHead, SIZE, 10, 128)
 
 
 def clinc_unseen(folder):
@@ -93,7 +102,7 @@ def clinc_unseen(folder):
     order = torch.randperm(150, generator=torch.Generator().manual_seed(0)).argsort()[data.fine]
     known = split < 2
     parts = known & (order < 60), known & (order >= 60) & (order < 75), (split == 2) & (order >= 75)
-    return Task(*map(data.where, parts), ResidualHead, 384, 10, 128, per_class=4)
+    return Task(*map(data.where, parts), ResidualHead, SIZE, 10, 128, per_class=4)
 
 
 @cache
@@ -138,6 +147,46 @@ def omniglot_unseen(folder):
     return Task(*map(data.where, (old & ~validation, validation, ~old)), omniglot_network, 64, 20, 128, per_class=4)
 
 
+class Images:
+    """Files, read when they are indexed with a tensor of numbers."""
+
+    def __init__(self, paths, size=224):
+        self.paths, self.size = np.array(paths), size
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, numbers):
+        with ThreadPoolExecutor() as pool:
+            return torch.stack(list(pool.map(self.read, self.paths[numbers.numpy()])))
+
+    def read(self, path):
+        image = ImageOps.fit(Image.open(path).convert("RGB"), (self.size, self.size))
+        values = torch.tensor(np.asarray(image, dtype="float32") / 255).permute(2, 0, 1)
+        return (values - torch.tensor(IMAGENET_MEAN)) / torch.tensor(IMAGENET_DEVIATION)
+
+
+IMAGENET_MEAN, IMAGENET_DEVIATION = [[[0.485]], [[0.456]], [[0.406]]], [[[0.229]], [[0.224]], [[0.225]]]
+
+
+def pretrained_network():
+    import timm
+
+    return nn.Sequential(timm.create_model("resnet50", pretrained=True, num_classes=0), nn.Linear(2048, 512))
+
+
+def image_task(dataset, folder):
+    """The usual split by classes; a fifth of the training classes are for validation."""
+    train, test = (dataset(folder, split=split) for split in ("train", "test"))
+    labels, test_labels = torch.tensor(train.labels), torch.tensor(test.labels)
+    classes = labels.unique()
+    chosen = classes[torch.randperm(len(classes), generator=torch.Generator().manual_seed(0))[: len(classes) // 5]]
+    held_out = torch.isin(labels, chosen)
+    parts = [(np.array(train.paths)[mask.numpy()], labels[mask]) for mask in (~held_out, held_out)]
+    parts.append((test.paths, test_labels))
+    return Task(*(Data(Images(paths), y, y) for paths, y in parts), pretrained_network, 512, 20, 128, per_class=4)
+
+
 TASKS = {
     "digits-coarse": digits_coarse,
     "clinc-coarse": clinc_coarse,
@@ -145,19 +194,11 @@ TASKS = {
     "clinc-unseen": clinc_unseen,
     "omniglot-unseen": omniglot_unseen,
 }
-
-
-class ResidualHead(nn.Module):
-    """Starts as the identity: a loss has to do better than the features as they are."""
-
-    def __init__(self, size=384, hidden=512):
-        super().__init__()
-        self.first, self.second = nn.Linear(size, hidden), nn.Linear(hidden, size)
-        nn.init.zeros_(self.second.weight)
-        nn.init.zeros_(self.second.bias)
-
-    def forward(self, x):
-        return x + self.second(torch.relu(self.first(x)))
+IMAGE_TASKS = {
+    "cub": partial(image_task, datasets.CUB),
+    "cars196": partial(image_task, datasets.Cars196),
+    "sop": partial(image_task, datasets.StanfordOnlineProducts),
+}
 
 
 class ConvNet(nn.Sequential):

@@ -66,6 +66,31 @@ class CosineProducts:
         return of_queries.addcmul_(self.queries, along, value=-1).div_(length.clamp_min(shortest))
 
 
+class RoundedCosineProducts(CosineProducts):
+    """The products in a dtype of less precision, as autocast has them; everything between them is as precise as before.
+
+    Proxies are normalized before they are rounded, since some of these dtypes hold no long ones.
+    """
+
+    def __init__(self, embeddings: Tensor, lengths: Tensor, dtype: torch.dtype) -> None:
+        super().__init__(embeddings, lengths)
+        self.rounded = self.queries.to(dtype)
+
+    def __call__(self, proxies: Tensor, rows: slice) -> Tensor:
+        directions = (proxies * self.inverse[rows]).to(self.rounded.dtype)
+        return torch.mm(directions, self.rounded.T).to(proxies.dtype)
+
+    def add_gradients(
+        self, proxies: Tensor, rows: slice, gradient: Tensor, of_queries: Tensor, of_proxies: Tensor
+    ) -> None:
+        directions = proxies * self.inverse[rows]
+        gradient = gradient.to(self.rounded.dtype)
+        of_queries.add_(torch.mm(gradient.T, directions.to(gradient.dtype)))
+        of_proxies.copy_(torch.mm(gradient, self.rounded)).mul_(self.inverse[rows])
+        along = (of_proxies * proxies).sum(dim=1, keepdim=True)
+        of_proxies.addcmul_(proxies, along.mul_(self.projection[rows]), value=-1)
+
+
 class DistanceCalls:
     """Similarities by any distance of PML, differentiated through its own autograd graph."""
 

@@ -19,7 +19,7 @@ from . import _reseeding as reseeding
 from . import _streaming as streaming
 from . import _validation as check
 from . import functional
-from ._similarities import CosineProducts, DistanceCalls, Similarity
+from ._similarities import CosineProducts, DistanceCalls, RoundedCosineProducts, Similarity
 
 __all__ = ["MultiProxyEntropyLoss"]
 
@@ -369,10 +369,12 @@ class MultiProxyEntropyLoss(WeightRegularizerMixin, BaseMetricLossFunction):  # 
         self, embeddings: Tensor, labels: Tensor, lengths: Tensor | None, plan: streaming.Plan
     ) -> tuple[Tensor, functional.Terms]:
         """The same, with the analytic gradient."""
-        dtype = functional.compute_dtype(embeddings, self.proxies)
+        dtype, device_type = functional.compute_dtype(embeddings, self.proxies), embeddings.device.type
         similarity: Similarity
         if lengths is None:
             similarity = DistanceCalls(embeddings.to(dtype), self._similarities)
+        elif torch.is_autocast_enabled(device_type) and dtype == torch.float32:  # it leaves float64 alone
+            similarity = RoundedCosineProducts(embeddings, lengths, torch.get_autocast_dtype(device_type))
         else:
             similarity = CosineProducts(embeddings, lengths)
         settings = streaming.Settings(
@@ -405,7 +407,6 @@ class MultiProxyEntropyLoss(WeightRegularizerMixin, BaseMetricLossFunction):  # 
             not _is_plain_cosine(self.distance)
             or self.distance.collect_stats  # of which the norms of normalized proxies are a part
             or self.proxies.dtype != dtype
-            or torch.is_autocast_enabled(self.proxies.device.type)
             or torch.compiler.is_compiling()
         ):
             return None

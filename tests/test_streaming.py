@@ -38,9 +38,9 @@ def plain(loss_func):
     return loss_func
 
 
-def step(loss_func, embeddings, labels, indices_tuple=None, autocast=False):
+def step(loss_func, embeddings, labels, indices_tuple=None, autocast=None):
     embeddings = embeddings.detach().clone().requires_grad_()
-    with torch.autocast("cpu", torch.bfloat16, autocast):
+    with torch.autocast("cpu", autocast, autocast is not None):
         loss = loss_func(embeddings, labels, indices_tuple)
     loss.backward()
     return loss.detach(), embeddings.grad, loss_func.proxies.grad, loss_func.proxy_usage.clone()
@@ -128,19 +128,31 @@ def test_differentiating_twice_is_refused(per_chunk, batch):
         torch.autograd.grad(loss_func(*batch), batch[0], create_graph=True)
 
 
+@pytest.mark.parametrize("pooling", functional.POOLINGS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("distance", ["cosine", "dot product"])
 @pytest.mark.parametrize("per_chunk", [1, 2, 3])
-def test_autocast(per_chunk, distance, batch):
-    """The products are rounded to bfloat16, in backward as in forward: also where backward computes them again."""
-    loss_func = MultiProxyEntropyLoss(3, 8, 4, distance=DISTANCES[distance](), scale=2, classes_per_chunk=per_chunk)
+def test_autocast(per_chunk, distance, dtype, pooling, batch):
+    """The products are rounded, in backward as in forward: also where backward computes them again."""
+    loss_func = MultiProxyEntropyLoss(
+        3, 8, 4, distance=DISTANCES[distance](), scale=2, pooling=pooling, classes_per_chunk=per_chunk
+    )
     loss_func.eval()
-    expected = step(plain(loss_func), *batch, autocast=True)
-    actual = step(loss_func, *batch, autocast=True)
+    expected = step(plain(loss_func), *batch, autocast=dtype)
+    actual = step(loss_func, *batch, autocast=dtype)
     exact = step(plain(loss_func), *batch)
-    assert actual[0].dtype == torch.float32
+    assert [value.dtype for value in actual] == [torch.float32] * 4
     torch.testing.assert_close(actual[0], expected[0])
-    error = (actual[2] - expected[2]).abs().max()
-    assert error < 0.1 * (exact[2] - expected[2]).abs().max()
+    for i in (1, 2):
+        error = (actual[i] - expected[i]).abs().max()
+        assert 0 < (exact[i] - expected[i]).abs().max()
+        assert error < 0.5 * (exact[i] - expected[i]).abs().max()
+
+
+def test_autocast_leaves_float64_alone(batch):
+    loss_func = MultiProxyEntropyLoss(3, 8, 4).double().eval()
+    exact = step(loss_func, batch[0].double(), batch[1])
+    torch.testing.assert_close(step(loss_func, batch[0].double(), batch[1], autocast=torch.bfloat16), exact)
 
 
 @pytest.mark.parametrize("per_chunk", [2, 7])

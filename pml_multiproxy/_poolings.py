@@ -2,7 +2,7 @@ r"""The poolings of :mod:`pml_multiproxy.functional`, with their derivative writ
 
 Similarities are ``(C, K, B)``, the batch last, and are overwritten. From them come the class similarities ``pooled``,
 ``(C, B)``; ``differentiate`` gives the function that turns a gradient of these, ``(C, B)``, into one of the
-similarities, ``(C, K, B)``, called once. If ``kept`` until backward, it holds no more than it needs.
+similarities, ``(C, K, B)``, called once. With ``compact``, it holds as little as it can until then.
 """
 
 from collections.abc import Callable
@@ -19,7 +19,7 @@ class Pooling(Protocol):
 
     def __init__(self, similarities: Tensor, scale: float, temperature: float) -> None: ...
 
-    def differentiate(self, kept: bool) -> Unpool: ...
+    def differentiate(self, compact: bool) -> Unpool: ...
 
 
 class Max:
@@ -29,10 +29,10 @@ class Max:
         self.similarities = similarities
         self.pooled = similarities.amax(dim=1)
 
-    def differentiate(self, kept: bool) -> Unpool:
+    def differentiate(self, compact: bool) -> Unpool:
         nearest = self.similarities.eq_(self.pooled.unsqueeze(1))
         count = nearest.sum(dim=1)
-        held = nearest.to(torch.int8) if kept else nearest
+        held = nearest.to(torch.int8) if compact else nearest
         return lambda gradient: held.to(count.dtype).mul_(gradient.div_(count).unsqueeze(1))
 
 
@@ -42,7 +42,7 @@ class Softmax:
         self.weights = torch.softmax(similarities / temperature, dim=1)
         self.pooled = (self.weights * similarities).sum(dim=1)
 
-    def differentiate(self, kept: bool) -> Unpool:
+    def differentiate(self, compact: bool) -> Unpool:
         derivative = self.similarities.sub_(self.pooled.unsqueeze(1)).div_(self.temperature).add_(1).mul_(self.weights)
         return lambda gradient: derivative.mul_(gradient.unsqueeze(1))
 
@@ -52,7 +52,7 @@ class LogSumExp:
         self.similarities, self.scale = similarities, scale
         self.pooled = torch.logsumexp(scale * similarities, dim=1) / scale
 
-    def differentiate(self, kept: bool) -> Unpool:
+    def differentiate(self, compact: bool) -> Unpool:
         derivative = self.similarities.sub_(self.pooled.unsqueeze(1)).mul_(self.scale).exp_()
         return lambda gradient: derivative.mul_(gradient.unsqueeze(1))
 

@@ -86,6 +86,7 @@ class _Loss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, embeddings: Tensor, proxies: Tensor, labels: Tensor, settings: Settings) -> Any:
         over_classes, kept = ClassSoftmax(), []
+        several = settings.plan.classes_per_chunk < len(proxies)  # a single chunk may still be in the cache
         own, own_pooled = proxies.new_zeros(len(labels), proxies.shape[1]), proxies.new_zeros(len(labels))
         for chunk in _chunks(proxies, labels, settings):
             similarities = chunk.similarities()
@@ -94,7 +95,7 @@ class _Loss(torch.autograd.Function):
             own_pooled = chunk.own.get(pooling.pooled, own_pooled)
             over_classes.add(settings.scale * pooling.pooled, chunk.own)
             if settings.plan.keep:
-                kept.append((chunk, pooling.pooled, pooling.differentiate(kept=True)))
+                kept.append((chunk, pooling.pooled, pooling.differentiate(compact=several)))
         over_classes.close(settings.scale * own_pooled, settings.scale * settings.margin)
         within_class = _WithinClass(own, settings)
         terms = functional.Terms(
@@ -130,7 +131,7 @@ def _computed_again(
 ) -> Iterator[tuple["_Chunk", Tensor, Callable[[Tensor], Tensor]]]:
     for chunk in _chunks(proxies, labels, settings):
         pooling = settings.pool(chunk.similarities())
-        yield chunk, pooling.pooled, pooling.differentiate(kept=False)
+        yield chunk, pooling.pooled, pooling.differentiate(compact=False)
 
 
 class _WithinClass:

@@ -40,7 +40,9 @@ def configs(*loss):
 
 def benchmark(folder, name, *options):
     command = [sys.executable, str(HERE / "run.py"), "--root_experiment_folder", str(folder), "--experiment_name", name]
-    subprocess.run([*command, *options], check=True, env={**os.environ, "TQDM_DISABLE": "1"})
+    # PML shows a bar for every epoch and test, and PyTorch warns of it; one bar is enough.
+    quiet = {"TQDM_DISABLE": "1", "PYTHONWARNINGS": "ignore:Converting a tensor"}
+    subprocess.run([*command, *options], check=True, env=os.environ | quiet)
 
 
 def read_accuracies(folder):

@@ -1,0 +1,127 @@
+"""powerful-benchmarker trains, resumes and searches with our configs, in a virtual environment of its own."""
+
+import csv
+import importlib
+import os
+import sqlite3
+import subprocess
+import venv
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+import torch
+
+from pml_multiproxy.losses import STATISTICS
+
+EXAMPLE = Path(__file__).parent.parent / "examples" / "powerful_benchmarker"
+OURS = "MultiProxyEntropyLoss_with_miner_and_regularizer"
+EPOCHS, ITERATIONS = 2, 20
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def call(tmp_path_factory):
+    """Calls a command in an environment where install.sh has run."""
+    folder = tmp_path_factory.mktemp("venv")
+    venv.create(folder, with_pip=True)
+    environment = {**os.environ, "PATH": f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}", "TQDM_DISABLE": "1"}
+
+    def call(*command):
+        return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment).stdout
+
+    call("bash", EXAMPLE / "install.sh")
+    return call
+
+
+@pytest.fixture(scope="module")
+def out(call, tmp_path_factory):
+    return tmp_path_factory.mktemp("benchmarker") / "out"
+
+
+@pytest.fixture(scope="module")
+def table(call, out):
+    """What compare_on_digits.py prints, by loss."""
+    printed = call("python", EXAMPLE / "compare_on_digits.py", "--out", out, "--num_epochs_train", str(EPOCHS))
+    rows = [line.strip("| ").split(" | ") for line in printed.splitlines() if line.startswith("|")]
+    return {name: cells for name, *cells in rows[2:]}
+
+
+@pytest.fixture
+def digits_configs(monkeypatch):
+    monkeypatch.syspath_prepend(EXAMPLE)
+    return importlib.import_module("compare_on_digits").configs
+
+
+def folds(experiment):
+    folders = sorted(experiment.glob("*Partitions2_*"))
+    assert len(folders) == 2
+    return folders
+
+
+def records(fold, group, columns):
+    """The values of these columns, row by row, which CSV and SQLite agree on."""
+    with (fold / "saved_csvs" / f"{group}.csv").open() as file:
+        rows = [[float(row[column]) for column in columns] for row in csv.DictReader(file)]
+    with closing(sqlite3.connect(fold / "saved_csvs" / "logs.db")) as database:
+        names = ", ".join(f'"{column}"' for column in columns)
+        assert database.execute(f"SELECT {names} FROM {group} ORDER BY id").fetchall() == list(map(tuple, rows))
+    return rows
+
+
+def load(fold, name):
+    return torch.load(fold / "saved_models" / f"{name}.pth")
+
+
+def test_prints_the_accuracy_of_each_loss(table):
+    assert list(table) == ["SoftTripleLoss", "MultiProxyEntropyLoss", OURS]
+    means = [float(cell.split(" ± ")[0]) for cells in table.values() for cell in cells]
+    assert len(means) == 9
+    assert all(20 < mean < 100 for mean in means)
+
+
+@pytest.mark.parametrize(("loss", "proxies"), [("SoftTripleLoss", "fc"), (OURS, "proxies")])
+def test_proxies_move(table, out, loss, proxies):
+    for fold in folds(out / loss):
+        before, after = load(fold, "metric_loss_best0")[proxies], load(fold, f"metric_loss_{EPOCHS}")[proxies]
+        assert (after - before).flatten(0, -2).norm(dim=-1).min() > 0.01
+        assert list(fold.glob("tensorboard_logs/events*"))
+
+
+def test_records_hold_our_statistics(table, out):
+    for fold in folds(out / OURS):
+        rows = records(fold, "metric_loss_MultiProxyEntropyLoss", STATISTICS)
+        assert len(rows) == EPOCHS * ITERATIONS
+        assert all(len(set(column)) > 1 for column in zip(*rows, strict=True))
+
+
+def test_miner_and_regularizer_take_part(table, out):
+    for fold in folds(out / OURS):
+        pairs = records(fold, "tuple_miner_MultiProxyMiner", ["num_pos_pairs", "num_neg_pairs"])
+        assert all(sum(column) > 0 for column in zip(*pairs, strict=True))
+        regularizer = "metric_loss_MultiProxyEntropyLoss__modules_weight_regularizer_ProxyEntropyRegularizer"
+        assert records(fold, regularizer, ["proxies_per_class"]) == [[10]] * (EPOCHS * ITERATIONS)
+
+
+def test_resumes(call, table, out):
+    options = ("--resume_training", "latest", "--merge_argparse_when_resuming", "--num_epochs_train", str(2 * EPOCHS))
+    call("python", EXAMPLE / "run.py", "--root_experiment_folder", out, "--experiment_name", OURS, *options)
+    for fold in folds(out / OURS):
+        rows = records(fold, "metric_loss_MultiProxyEntropyLoss", ["~iteration~"])
+        assert rows == [[iteration] for iteration in range(2 * EPOCHS * ITERATIONS)]
+        (state,) = load(fold, f"metric_loss_optimizer_{2 * EPOCHS}")["state"].values()
+        assert state["step"] == 2 * EPOCHS * ITERATIONS
+
+
+@pytest.mark.parametrize("loss", ["multi_proxy", "soft_triple"])
+def test_searches(call, digits_configs, tmp_path, loss):
+    options = ("--root_experiment_folder", tmp_path, "--experiment_name", "search", "--bayes_opt_iters", "2")
+    call("python", EXAMPLE / "run.py", *options, *digits_configs(f"search_{loss}"), "--num_epochs_train", str(EPOCHS))
+    with (tmp_path / "search" / "bayes_opt_record_keeper_logs" / "bayes_opt.csv").open() as file:
+        first, second = csv.DictReader(file)
+    assert first["trial_status"] == second["trial_status"] == "COMPLETED"
+    found = {name for name in first if name.startswith("loss_funcs_metric_loss")}
+    assert len(found) >= 4
+    assert all(first[name] != second[name] for name in found)
+    assert len(list((tmp_path / "search").glob("report_*.yaml"))) == 2

@@ -105,14 +105,16 @@ def report(runs, out):
 
 
 def draw_bars(found, title, path):
-    figure = Figure(figsize=(3.4 * len(found) + 1, 4.5), layout="constrained")
-    colors = matplotlib.colormaps["tab10"]
+    figure = Figure(figsize=(max(3.4 * len(found), 10), 5), layout="constrained")
+    colors = [*matplotlib.colormaps["tab10"].colors, "black"]
     for ax, (name, values) in zip(np.atleast_1d(figure.subplots(1, len(found))), found.items(), strict=True):
         for i, loss in enumerate((*FAMILIES, UNTRAINED)):
             if loss in values:
                 low, high = interval(values[loss])
                 mean = values[loss].mean()
-                ax.bar(i, mean, yerr=[[mean - low], [high - mean]], color=colors(i % 10), capsize=3, label=loss)
+                ax.bar(
+                    i, mean, yerr=[[mean - low], [high - mean]], color=colors[i], ecolor="gray", capsize=3, label=loss
+                )
         ax.set(title=name, ylabel="MAP@R, %", xticks=[])
     figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=3)
     figure.suptitle(title)

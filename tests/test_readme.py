@@ -25,7 +25,7 @@ def test_code_runs():
     plt.close("all")
 
 
-RESULTS = [*ROOT.glob("examples/results/*/table.md"), *ROOT.glob("benchmarks/results/*.md")]
+RESULTS = [*ROOT.glob("examples/results/*/table.md"), *ROOT.glob("benchmarks/results/**/*.md")]
 
 
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: str(path.relative_to(ROOT)))

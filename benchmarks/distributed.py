@@ -170,8 +170,8 @@ def report():
     for name in dict.fromkeys(row["shape"] for row in rows):
         shown = [row for row in rows if row["shape"] == name]
         title = (
-            "**{shape}**: B={B} on all ranks together, C={C}, K={K}, D={D}, float32. {machine}, 1 thread per process, gloo;"
-            " torch {torch}, PML {PML}; medians of {repeats}; {date}."
+            "**{shape}**: B={B} on all ranks together, C={C}, K={K}, D={D}, float32. {machine}, 1 thread per process, "
+            "gloo; torch {torch}, PML {PML}; medians of {repeats}; {date}."
         )
         lines = [
             title.format(**shown[0]),

@@ -60,6 +60,7 @@ def main():
     for epoch, network in enumerate(train(args.epochs, args.batch_size), start=1):
         if distributed.get_rank() == 0:
             print(f"epoch {epoch}: MAP@R {map_at_r(network):.1f}", flush=True)
+    distributed.barrier()  # until the first process has tested: an exit right after a step may crash in gloo's threads
     distributed.destroy_process_group()
 
 

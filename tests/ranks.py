@@ -32,7 +32,7 @@ def on(*sizes, **arguments):
     return register
 
 
-def run(target, *arguments, size=SIZE, limit=60.0, wait_for=None):
+def run(target, *arguments, size=SIZE, limit=180.0, wait_for=None):
     """Calls ``target(rank, *arguments)`` on ``size`` processes; returns their exit codes, ``None`` where it hangs.
 
     Waits for all, or those of ``wait_for``, at most ``limit`` seconds; then kills what is left.

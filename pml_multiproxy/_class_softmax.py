@@ -33,7 +33,10 @@ class Sums(NamedTuple):
 
 
 class ClassSoftmax:
-    """Forward calls :meth:`add` for all classes, then :meth:`close`; backward :meth:`begin`, then :meth:`gradient`."""
+    """Forward calls :meth:`add` for all classes, then :meth:`close`; backward :meth:`begin`, then :meth:`gradient`.
+
+    Classes may be spread over processes: each adds its own, and all close with the sums over all.
+    """
 
     others: Sums | None = None
     classification: Tensor
@@ -55,13 +58,14 @@ class ClassSoftmax:
             z, t = before.z + z, before.t + t
         self.others = Sums(maximum, z, t)
 
-    def close(self, own_logit: Tensor, margin: float) -> None:
-        """``own_logit``, ``(B,)``, of the true class; the ``margin`` it has to win by, in units of the logits."""
+    def close(self, others: Sums, own_logit: Tensor, margin: float) -> None:
+        """``others`` over all classes but the true one; ``own_logit``, ``(B,)``, of the true one; the ``margin`` it has
+        to win by, in units of the logits.
+        """
         # All relative to the largest logit: differences of large numbers would lose digits.
-        assert self.others
-        self.largest = torch.maximum(self.others.maximum, own_logit)
-        log_others = self.others.maximum - self.largest + self.others.z.log()
-        others = self.others.relative_to(self.largest)
+        self.largest = torch.maximum(others.maximum, own_logit)
+        log_others = others.maximum - self.largest + others.z.log()
+        others = others.relative_to(self.largest)
         self.log_own = own_logit - self.largest
         own = self.log_own.exp()
         total = others.z + own

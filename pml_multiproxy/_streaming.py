@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import functional
-from ._class_softmax import ClassSoftmax
+from ._class_softmax import ClassSoftmax, Sums
 from ._own import Own
 from ._poolings import POOLINGS, Pooling
 from ._similarities import Similarity
@@ -52,7 +52,25 @@ def make_plan(classes_per_chunk: int | None, batch_size: int, proxies: Tensor, d
     return Plan(max(chunk_bytes // bytes_per_class, 1), keep)
 
 
+class State(NamedTuple):
+    """What the loss of each sample takes from all classes; each ``(B,)``, or made of such."""
+
+    others: Sums
+    """Over the classes that are not its own."""
+    own_pooled: Tensor
+    """The similarity to its own class, and the terms within that class. Not set where that class is in no chunk."""
+    intra: Tensor
+    balance: Tensor
+
+
+def whole(state: State) -> State:
+    """Where the chunks hold all classes, nothing is missing."""
+    return state
+
+
 class Settings(NamedTuple):
+    num_classes: int
+    """Of the loss: chunks may hold fewer, if ``complete`` adds the others."""
     similarity: Similarity
     pooling: str
     scale: float
@@ -62,6 +80,8 @@ class Settings(NamedTuple):
     update_usage: Callable[[Tensor], Tensor]
     """From the assignments, ``(B, K)``, to the usage of each sample's class, ``(B, K)``."""
     plan: Plan
+    complete: Callable[[State], State] = whole
+    """From the state over the classes of the chunks to that over all."""
 
     def pool(self, similarities: Tensor) -> Pooling:
         return POOLINGS[self.pooling](similarities, self.scale, self.temperature)
@@ -74,8 +94,8 @@ def loss_and_terms(
 
     Args:
         embeddings: ``(B, D)``, those of ``settings.similarity``.
-        proxies: ``(C, K, D)``, of the dtype to compute in.
-        labels: ``(B,)``, long.
+        proxies: ``(C', K, D)``, of the dtype to compute in.
+        labels: ``(B,)``, long: positions among the :math:`C'`, or outside of them.
         settings: everything else.
     """
     loss, *terms = _Loss.apply(embeddings, proxies, labels, settings)  # type: ignore[no-untyped-call]
@@ -96,15 +116,15 @@ class _Loss(torch.autograd.Function):
             over_classes.add(settings.scale * pooling.pooled, chunk.own)
             if settings.plan.keep:
                 kept.append((chunk, pooling.pooled, pooling.differentiate(compact=several)))
-        over_classes.close(settings.scale * own_pooled, settings.scale * settings.margin)
+        assert over_classes.others
         within_class = _WithinClass(own, settings)
-        terms = functional.Terms(
-            over_classes.classification, within_class.intra, over_classes.entropy, within_class.balance
-        )
+        state = settings.complete(State(over_classes.others, own_pooled, within_class.intra, within_class.balance))
+        over_classes.close(state.others, settings.scale * state.own_pooled, settings.scale * settings.margin)
+        terms = functional.Terms(over_classes.classification, state.intra, over_classes.entropy, state.balance)
         ctx.save_for_backward(proxies, labels)
         ctx.settings, ctx.kept, ctx.over_classes, ctx.within_class = settings, kept, over_classes, within_class
         ctx.mark_non_differentiable(*terms)
-        loss = functional.sample_loss(terms, settings.weights, proxies.shape[0], proxies.shape[1])
+        loss = functional.sample_loss(terms, settings.weights, settings.num_classes, proxies.shape[1])
         return loss, *terms
 
     @staticmethod
@@ -173,4 +193,4 @@ def _chunks(proxies: Tensor, labels: Tensor, settings: Settings) -> Iterator[_Ch
     count, samples = len(proxies), torch.arange(len(labels), device=labels.device)
     for start in range(0, count, settings.plan.classes_per_chunk):
         stop = min(start + settings.plan.classes_per_chunk, count)
-        yield _Chunk(proxies, Own(labels, samples, start, stop, count), start, stop, settings)
+        yield _Chunk(proxies, Own(labels, samples, start, stop, settings.num_classes), start, stop, settings)

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from numbers import Integral, Real
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 
 
 def positive_int(name: str, value: object) -> int:
@@ -39,6 +39,16 @@ def one_of(name: str, value: object, allowed: Iterable[str]) -> str:
     if not isinstance(value, str) or value not in names:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, names))}, got {value!r}")
     return value
+
+
+def process_group(name: str, value: object) -> None:
+    if value is None:
+        return
+    # What new_group returns to the processes outside of the group is no ProcessGroup.
+    if not distributed.is_available() or not isinstance(value, distributed.ProcessGroup):
+        raise TypeError(
+            f"{name} must be None or a torch.distributed.ProcessGroup that this process is in, got {value!r}"
+        )
 
 
 def embeddings(value: object, proxies: Tensor, name: str = "embeddings") -> None:

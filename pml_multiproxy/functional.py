@@ -303,17 +303,61 @@ def updated_usage(usage: Tensor, assignments: Tensor, labels: Tensor, momentum: 
     """
     if len(labels) == 0:
         return usage[labels]
-    assignments = assignments.detach()
-    sums = assignments.sum(dim=1, keepdim=True)
-    counted = torch.where(sums - sums == 0, assignments, 0)  # what is not finite does not equal itself less itself
+    counted = _finite_rows(assignments)
     # The last sample of a class has its number stand for the class. torch.unique would make a GPU wait for the host.
     number_of_class = labels.new_empty(len(usage))
     number_of_class[labels] = torch.arange(len(labels), device=labels.device)
     numbers = number_of_class[labels]
-    total = torch.zeros_like(counted).index_add_(0, numbers, counted)[numbers]
-    count = total.sum(dim=1, keepdim=True).round_()  # rows sum to 1
-    mean = total / count.clamp_min(1)
-    return torch.lerp(mean, usage[labels].to(mean.dtype), momentum**count)
+    sums = torch.zeros_like(counted).index_add_(0, numbers, counted)[numbers]
+    return moved_usage(usage[labels], sums, momentum)
+
+
+def usage_sums(assignments: Tensor, labels: Tensor, num_classes: int) -> Tensor:
+    r"""The sum of the assignment over the samples of each class, :math:`n\,\bar q_c`, for :func:`moved_usage`.
+
+    Unlike what :func:`updated_usage` works on, such sums can be added up over processes.
+
+    Args:
+        assignments: ``(B, K)``, rows sum to 1. Those that are not finite do not count.
+        labels: ``(B,)``, long, in ``[0, C)``.
+        num_classes: :math:`C`.
+
+    Returns:
+        ``(C, K)``. Carries no gradient.
+
+    >>> usage_sums(torch.tensor([[1.0, 0.0], [0.5, 0.5]]), torch.tensor([1, 1]), num_classes=2)
+    tensor([[0.0000, 0.0000],
+            [1.5000, 0.5000]])
+    """
+    counted = _finite_rows(assignments)
+    return counted.new_zeros(num_classes, counted.shape[1]).index_add_(0, labels, counted)
+
+
+def moved_usage(usage: Tensor, sums: Tensor, momentum: float) -> Tensor:
+    r"""The equation of :func:`updated_usage`, given the sum of the assignment over the samples of each class.
+
+    Args:
+        usage: ``(C, K)``, rows sum to 1.
+        sums: ``(C, K)``, :math:`n\,\bar q_c`: of :func:`usage_sums`. Where :math:`n = 0`, the usage stays.
+        momentum: :math:`m`, per sample, from 0 to 1.
+
+    Returns:
+        ``(C, K)``, of the dtype of ``sums``.
+
+    >>> moved_usage(torch.tensor([[0.5, 0.5], [0.5, 0.5]]), torch.tensor([[2.0, 0.0], [0.0, 0.0]]), momentum=0.5)
+    tensor([[0.8750, 0.1250],
+            [0.5000, 0.5000]])
+    """
+    count = sums.sum(dim=1, keepdim=True).round_()  # rows sum to 1
+    mean = sums / count.clamp_min(1)
+    return torch.lerp(mean, usage.to(mean.dtype), momentum**count)
+
+
+def _finite_rows(assignments: Tensor) -> Tensor:
+    """Zero in place of the others."""
+    assignments = assignments.detach()
+    sums = assignments.sum(dim=1, keepdim=True)
+    return torch.where(sums - sums == 0, assignments, 0)  # what is not finite does not equal itself less itself
 
 
 def balance(assignments: Tensor, own_usage: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ from pytorch_metric_learning.losses.base_metric_loss_function import BaseMetricL
 from pytorch_metric_learning.losses.mixins import WeightRegularizerMixin
 from pytorch_metric_learning.utils import common_functions as c_f
 from pytorch_metric_learning.utils import loss_and_miner_utils as lmu
-from torch import Tensor
+from torch import Tensor, distributed
 from tqdm import tqdm
 
 from . import _kmeans as kmeans
@@ -25,6 +24,22 @@ __all__ = ["MultiProxyEntropyLoss"]
 
 IN_USE = 0.1
 """A proxy counts as in use from this part of an even share of its class."""
+
+SETTINGS = [
+    "num_classes",
+    "embedding_size",
+    "proxies_per_class",
+    "scale",
+    "margin",
+    "pooling",
+    "temperature",
+    "intra_weight",
+    "inter_weight",
+    "balance_weight",
+    "usage_momentum",
+    "reseed_below",
+]
+"""What PML's hooks record once."""
 
 STATISTICS = [
     "classification_loss",
@@ -93,6 +108,11 @@ class MultiProxyEntropyLoss(WeightRegularizerMixin, BaseMetricLossFunction):  # 
         inter_weight: :math:`\lambda_\mathrm{inter}` >= 0.
         balance_weight: :math:`\lambda_\mathrm{balance}` >= 0.
         usage_momentum: how much of the usage one sample of a class leaves as it was, from 0 to 1.
+        usage_group: a ``torch.distributed.ProcessGroup``: the usage is moved by the batches of all its processes
+            together. For ``DistributedDataParallel``, which then computes what one process does with the whole batch,
+            where local batches are equal, the reducer is the mean and there is no miner. Every process of the group has
+            to call the loss as often as the others, all in training or none; one that has no samples calls it with
+            none. ``None``: each process keeps the usage of its own batches.
         reseed_below: each training call first moves, in each class of the batch, one proxy whose usage is below this
             part of an even share onto a sample of the class, from 0 (never) to below 1; 0.1 is a good first try.
         classes_per_chunk: how many classes to hold at a time, exactly: fewer take less memory, and more time in
@@ -125,7 +145,9 @@ class MultiProxyEntropyLoss(WeightRegularizerMixin, BaseMetricLossFunction):  # 
 
     Raises:
         TypeError, ValueError: for an argument of the wrong kind, shape, dtype, device or range. Labels and indices that
-            lie on a GPU are not checked for their range, which would make it wait.
+            lie on a GPU are not checked for their range, which would make it wait. For ``reseed_below`` together with
+            ``usage_group``, since the lots would differ between the processes. For copying or pickling a loss that has
+            a ``usage_group``, which belongs to its process; its ``state_dict`` can be saved.
 
     Example:
         >>> import torch
@@ -156,6 +178,7 @@ class MultiProxyEntropyLoss(WeightRegularizerMixin, BaseMetricLossFunction):  # 
         inter_weight: float = 0.1,
         balance_weight: float = 0.5,
         usage_momentum: float = 0.9,
+        usage_group: "distributed.ProcessGroup | None" = None,
         reseed_below: float = 0.0,
         classes_per_chunk: int | None = None,
         **kwargs: Any,
@@ -176,33 +199,22 @@ class MultiProxyEntropyLoss(WeightRegularizerMixin, BaseMetricLossFunction):  # 
         self.reseed_below = check.real(
             "reseed_below", reseed_below, "a number from 0 to below 1", low=0.0, high=below_one
         )
+        check.process_group("usage_group", usage_group)
+        if usage_group is not None and self.reseed_below > 0:
+            raise ValueError(
+                f"reseed_below must be 0 with a usage_group, got {self.reseed_below:g}: each process would move its "
+                "proxies by lots and onto samples of its own, and DistributedDataParallel relies on equal proxies"
+            )
+        self.usage_group = usage_group
         self.classes_per_chunk = classes_per_chunk
         if classes_per_chunk is not None:
             self.classes_per_chunk = check.positive_int("classes_per_chunk", classes_per_chunk)
 
-        shape = (self.num_classes, self.proxies_per_class)
-        weights = torch.empty(math.prod(shape), self.embedding_size)
-        self.weight_init_func(weights)
-        self.proxies = torch.nn.Parameter(weights.view(*shape, self.embedding_size))
-        self.register_buffer("proxy_usage", torch.full(shape, 1 / self.proxies_per_class, dtype=torch.float32))
+        proxies, usage = self._start()
+        self.proxies = torch.nn.Parameter(proxies)
+        self.register_buffer("proxy_usage", usage)
 
-        self.add_to_recordable_attributes(
-            list_of_names=[
-                "num_classes",
-                "embedding_size",
-                "proxies_per_class",
-                "scale",
-                "margin",
-                "pooling",
-                "temperature",
-                "intra_weight",
-                "inter_weight",
-                "balance_weight",
-                "usage_momentum",
-                "reseed_below",
-            ],
-            is_stat=False,
-        )
+        self.add_to_recordable_attributes(list_of_names=SETTINGS, is_stat=False)
         self.add_to_recordable_attributes(list_of_names=STATISTICS, is_stat=True)
 
     def forward(
@@ -214,12 +226,7 @@ class MultiProxyEntropyLoss(WeightRegularizerMixin, BaseMetricLossFunction):  # 
         ref_labels: None = None,
     ) -> Tensor:
         """The reduced loss, as described in the class docstring; ``ref_emb`` and ``ref_labels`` must stay ``None``."""
-        for name, reference in (("ref_emb", ref_emb), ("ref_labels", ref_labels)):
-            if reference is not None:
-                raise ValueError(f"{name} must be None, got {type(reference).__name__}: proxies take its place")
-        check.embeddings(embeddings, self.proxies)
-        labels = check.labels(labels, len(embeddings), self.num_classes)
-        check.indices_tuple(indices_tuple, len(embeddings))
+        labels = self._checked_labels(embeddings, labels, indices_tuple, ref_emb, ref_labels)
         loss: Tensor = super().forward(embeddings, labels, indices_tuple)
         return loss
 
@@ -228,11 +235,10 @@ class MultiProxyEntropyLoss(WeightRegularizerMixin, BaseMetricLossFunction):  # 
     ) -> dict[str, dict[str, Any]]:
         """PML's hook: one loss per sample, and the weight regularization."""
         if self.reseed_below and self._learns() and self.proxies.requires_grad:
-            points = self._points(embeddings.detach())
-            reseeding.reseed_(self.proxies, self.proxy_usage, points, labels, self.reseed_below)
+            self._reseed(self._points(embeddings.detach()), labels)
         losses = self._losses(embeddings, labels)
         if indices_tuple is not None:
-            losses = losses * lmu.convert_to_weights(indices_tuple, labels, dtype=losses.dtype)
+            losses = losses * self._mined_weights(indices_tuple, labels, losses.dtype)
         loss_dict = {
             "loss": {
                 "losses": losses,
@@ -241,7 +247,7 @@ class MultiProxyEntropyLoss(WeightRegularizerMixin, BaseMetricLossFunction):  # 
                 "divisor": len(embeddings),  # for DivisorReducer
             }
         }
-        self.add_weight_regularization_to_loss_dict(loss_dict, self.proxies.flatten(0, 1))
+        self.add_weight_regularization_to_loss_dict(loss_dict, self._held_proxies().flatten(0, 1))
         return loss_dict
 
     def get_logits(self, embeddings: Tensor) -> Tensor:
@@ -281,12 +287,7 @@ class MultiProxyEntropyLoss(WeightRegularizerMixin, BaseMetricLossFunction):  # 
         if labels is not None:
             labels = check.labels(labels, len(embeddings), self.num_classes).to(embeddings.device)
             return labels, self._to_own_proxies(embeddings, labels).argmax(dim=1)
-        nearest = torch.zeros(len(embeddings), dtype=torch.long, device=embeddings.device)
-        similarity = torch.full_like(nearest, -math.inf, dtype=functional.compute_dtype(embeddings, self.proxies))
-        for start, similarities in self._in_chunks(embeddings):
-            values, places = similarities.flatten(1).max(dim=1)
-            nearest = torch.where(values > similarity, start * self.proxies_per_class + places, nearest)
-            similarity = torch.maximum(similarity, values)
+        _, nearest = self._nearest(embeddings)
         return nearest // self.proxies_per_class, nearest % self.proxies_per_class
 
     @torch.no_grad()
@@ -322,15 +323,45 @@ class MultiProxyEntropyLoss(WeightRegularizerMixin, BaseMetricLossFunction):  # 
         for c in tqdm(torch.unique(labels).tolist(), desc="k-means per class", delay=2):
             of_class = labels == c
             centroids = kmeans.centroids(points[of_class].cpu(), self.proxies_per_class, spherical=directions)
-            self.proxies[c] = functional.normalize(centroids) if directions else centroids
+            self._held_proxies()[c] = functional.normalize(centroids) if directions else centroids
             nearest = self._to_own_proxies(embeddings[of_class], labels[of_class]).argmax(dim=1)
-            self.proxy_usage[c] = nearest.bincount(minlength=self.proxies_per_class) / len(nearest)
+            self._held_usage()[c] = nearest.bincount(minlength=self.proxies_per_class) / len(nearest)
 
     def get_default_distance(self) -> CosineSimilarity:
         return CosineSimilarity()
 
     def get_default_weight_init_func(self) -> Callable[[Tensor], None]:
         return _unit_directions_
+
+    def _start(self) -> tuple[Tensor, Tensor]:
+        """What the proxies and their usage start at."""
+        return self._drawn(self.num_classes)
+
+    def _drawn(self, num_classes: int) -> tuple[Tensor, Tensor]:
+        """The same for some of the classes: ``(C', K, D)`` and ``(C', K)``."""
+        shape = (num_classes, self.proxies_per_class)
+        weights = torch.empty(math.prod(shape), self.embedding_size)
+        self.weight_init_func(weights)
+        usage = torch.full(shape, 1 / self.proxies_per_class, dtype=torch.float32)
+        return weights.view(*shape, self.embedding_size), usage
+
+    def _checked_labels(
+        self, embeddings: Tensor, labels: object, indices_tuple: object, ref_emb: object, ref_labels: object
+    ) -> Tensor:
+        for name, reference in (("ref_emb", ref_emb), ("ref_labels", ref_labels)):
+            if reference is not None:
+                raise ValueError(f"{name} must be None, got {type(reference).__name__}: proxies take its place")
+        check.embeddings(embeddings, self.proxies)
+        checked = check.labels(labels, len(embeddings), self.num_classes)
+        check.indices_tuple(indices_tuple, len(embeddings))
+        return checked
+
+    def _reseed(self, points: Tensor, labels: Tensor) -> None:
+        reseeding.reseed_(self.proxies, self.proxy_usage, points, labels, self.reseed_below)
+
+    def _mined_weights(self, mined: Any, labels: Tensor, dtype: torch.dtype) -> Tensor:
+        weights: Tensor = lmu.convert_to_weights(mined, labels, dtype=dtype)
+        return weights
 
     def _learns(self) -> bool:
         return self.training and torch.is_grad_enabled()
@@ -341,7 +372,7 @@ class MultiProxyEntropyLoss(WeightRegularizerMixin, BaseMetricLossFunction):  # 
 
     def _losses(self, embeddings: Tensor, labels: Tensor) -> Tensor:
         dtype = functional.compute_dtype(embeddings, self.proxies)
-        plan = streaming.make_plan(self.classes_per_chunk, len(embeddings), self.proxies, dtype)
+        plan = streaming.make_plan(self.classes_per_chunk, len(embeddings), self._held_proxies(), dtype)
         lengths = self._lengths(dtype)
         # A compiler does better on the plain equations; by other distances, so does autograd while all fit at once.
         if torch.compiler.is_compiling() or (plan.keep and lengths is None):
@@ -369,6 +400,14 @@ class MultiProxyEntropyLoss(WeightRegularizerMixin, BaseMetricLossFunction):  # 
         self, embeddings: Tensor, labels: Tensor, lengths: Tensor | None, plan: streaming.Plan
     ) -> tuple[Tensor, functional.Terms]:
         """The same, with the analytic gradient."""
+        settings = self._settings(embeddings, labels, lengths, plan)
+        dtype = functional.compute_dtype(embeddings, self.proxies)
+        return streaming.loss_and_terms(embeddings, self._held_proxies().to(dtype), labels, settings)
+
+    def _settings(
+        self, embeddings: Tensor, labels: Tensor, lengths: Tensor | None, plan: streaming.Plan
+    ) -> streaming.Settings:
+        learns = self._learns()  # which is not the same inside of an autograd function
         dtype, device_type = functional.compute_dtype(embeddings, self.proxies), embeddings.device.type
         similarity: Similarity
         if lengths is None:
@@ -377,17 +416,24 @@ class MultiProxyEntropyLoss(WeightRegularizerMixin, BaseMetricLossFunction):  # 
             similarity = RoundedCosineProducts(embeddings, lengths, torch.get_autocast_dtype(device_type))
         else:
             similarity = CosineProducts(embeddings, lengths)
-        settings = streaming.Settings(
+        return streaming.Settings(
+            self.num_classes,
             similarity,
             self.pooling,
             self.scale,
             self.temperature,
             self.margin,
             self._weights(),
-            partial(self._own_usage, labels=labels, learns=self._learns()),
+            lambda assignments: self._own_usage(assignments, labels, learns),
             plan,
         )
-        return streaming.loss_and_terms(embeddings, self.proxies.to(dtype), labels, settings)
+
+    def _held_proxies(self) -> Tensor:
+        """Those of the classes that this process holds, which here is all of them."""
+        return self.proxies
+
+    def _held_usage(self) -> Tensor:
+        return self.proxy_usage
 
     def _weights(self) -> functional.Weights:
         return functional.Weights(self.intra_weight, self.inter_weight, self.balance_weight)
@@ -396,10 +442,22 @@ class MultiProxyEntropyLoss(WeightRegularizerMixin, BaseMetricLossFunction):  # 
         """The usage of the class of each sample, ``(B, K)``, which is first moved on by the batch if it ``learns``."""
         if not learns:
             return self.proxy_usage[labels].to(assignments.dtype)
+        if self.usage_group is not None:
+            self._move_usage_together(assignments, labels)
+            return self.proxy_usage[labels].to(assignments.dtype)
         rows = functional.updated_usage(self.proxy_usage, assignments, labels, self.usage_momentum)
         rows = rows.to(self.proxy_usage.dtype)
         self.proxy_usage[labels] = rows
         return rows.to(assignments.dtype)
+
+    def _move_usage_together(self, assignments: Tensor, labels: Tensor) -> None:
+        # A table of all classes, not the rows of the batch: its size is the same everywhere, so that processes may hold
+        # different numbers of samples without telling each other first, for which a GPU would have to wait. It is a
+        # small part, 1 / D, of what DistributedDataParallel sends of the proxies' gradient. And a sum that is the same
+        # to the last bit everywhere leaves the usage the same everywhere.
+        sums = functional.usage_sums(assignments, labels, self.num_classes)
+        distributed.all_reduce(sums, group=self.usage_group)
+        self.proxy_usage.copy_(functional.moved_usage(self.proxy_usage, sums, self.usage_momentum))
 
     def _lengths(self, dtype: torch.dtype) -> Tensor | None:
         """Those of all proxies, where the similarities are cosines that need no normalized proxies in memory."""
@@ -410,22 +468,32 @@ class MultiProxyEntropyLoss(WeightRegularizerMixin, BaseMetricLossFunction):  # 
             or torch.compiler.is_compiling()
         ):
             return None
-        lengths = torch.linalg.vector_norm(self.proxies.detach(), dim=-1).flatten()
+        lengths = torch.linalg.vector_norm(self._held_proxies().detach(), dim=-1).flatten()
         # Their squares may overflow; on a GPU, looking would make it wait.
         return lengths if lengths.is_cuda or lengths.amax() < math.inf else None
 
     def _in_chunks(self, embeddings: Tensor) -> Iterator[tuple[int, Tensor]]:
         """The first of some classes, and the similarities to their proxies, ``(B, c, K)``."""
-        dtype = functional.compute_dtype(embeddings, self.proxies)
-        plan = streaming.make_plan(self.classes_per_chunk, len(embeddings), self.proxies, dtype)
-        count = self.num_classes if plan.keep else plan.classes_per_chunk
-        for start in range(0, self.num_classes, count):
-            yield start, self._to_proxies(embeddings, self.proxies[start : start + count])
+        proxies, dtype = self._held_proxies(), functional.compute_dtype(embeddings, self.proxies)
+        plan = streaming.make_plan(self.classes_per_chunk, len(embeddings), proxies, dtype)
+        count = len(proxies) if plan.keep else plan.classes_per_chunk
+        for start in range(0, len(proxies), count):
+            yield start, self._to_proxies(embeddings, proxies[start : start + count])
+
+    def _nearest(self, embeddings: Tensor) -> tuple[Tensor, Tensor]:
+        """The largest similarity of each embedding, and where that proxy stands among all, each ``(B,)``."""
+        nearest = torch.zeros(len(embeddings), dtype=torch.long, device=embeddings.device)
+        similarity = torch.full_like(nearest, -math.inf, dtype=functional.compute_dtype(embeddings, self.proxies))
+        for start, similarities in self._in_chunks(embeddings):
+            values, places = similarities.flatten(1).max(dim=1)
+            nearest = torch.where(values > similarity, start * self.proxies_per_class + places, nearest)
+            similarity = torch.maximum(similarity, values)
+        return similarity, nearest
 
     def _to_own_proxies(self, embeddings: Tensor, labels: Tensor) -> Tensor:
         """The similarities to the proxies of the class of each label, ``(B, K)``, without those of absent classes."""
         classes, position = torch.unique(labels, return_inverse=True)
-        return self._to_proxies(embeddings, self.proxies[classes])[_rows(labels), position]
+        return self._to_proxies(embeddings, self._held_proxies()[classes])[_rows(labels), position]
 
     def _to_proxies(self, embeddings: Tensor, proxies: Tensor) -> Tensor:
         """The similarities to proxies ``(c, K, D)``, ``(B, c, K)``."""
@@ -455,13 +523,26 @@ class MultiProxyEntropyLoss(WeightRegularizerMixin, BaseMetricLossFunction):  # 
         classes, position = torch.unique(labels, return_inverse=True)
         of_classes = information.new_zeros(len(classes)).index_add(0, position, information)
         effective = (of_classes / position.bincount()).exp()
-        in_use = self.proxy_usage >= IN_USE / self.proxies_per_class
-        perplexity = functional.perplexity(self.proxy_usage)
+        in_use, perplexity = self._usage_statistics()
         values = (classification, intra, inter, balance, in_use, perplexity, effective, effective.min())
         # One transfer from the device for all of them.
         means = torch.stack([value.to(intra.dtype).mean() for value in values]).tolist()
         for name, mean in zip(STATISTICS, means, strict=True):
             setattr(self, name, mean)
+
+    def _usage_statistics(self) -> tuple[Tensor, Tensor]:
+        """``proxies_in_use`` and ``usage_perplexity``."""
+        usage = self._held_usage()
+        in_use = usage >= IN_USE / self.proxies_per_class
+        return in_use.to(usage.dtype).mean(), functional.perplexity(usage).mean()
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self.usage_group is not None:
+            raise TypeError(
+                "a loss with a usage_group can be neither copied nor pickled, since a process group belongs to its "
+                "process: save its state_dict()"
+            )
+        return self.__dict__
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "MultiProxyEntropyLoss":
         """Keeps the usage in float32 through ``half()`` and the like: its momentum would be lost in rounding."""

@@ -5,9 +5,19 @@ import inspect
 
 import pytest
 
-from pml_multiproxy import _kmeans, _register, functional, losses, miners, regularizers, visualize
+from pml_multiproxy import (
+    _checkpoints,
+    _kmeans,
+    _register,
+    distributed,
+    functional,
+    losses,
+    miners,
+    regularizers,
+    visualize,
+)
 
-MODULES = [_kmeans, _register, functional, losses, miners, regularizers, visualize]
+MODULES = [_checkpoints, _kmeans, _register, distributed, functional, losses, miners, regularizers, visualize]
 
 
 @pytest.mark.parametrize("module", MODULES, ids=lambda module: module.__name__)

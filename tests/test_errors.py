@@ -56,6 +56,15 @@ ARGUMENTS = [
         for value in ("1", None, True)
     ),
     *(
+        (
+            "usage_group",
+            value,
+            TypeError,
+            f"usage_group must be None or a torch.distributed.ProcessGroup that this process is in, got {value!r}",
+        )
+        for value in (0, "gloo", -100)  # the last is what new_group returns to other processes
+    ),
+    *(
         ("pooling", value, ValueError, f"pooling must be one of 'max', 'softmax', 'logsumexp', got {value!r}")
         for value in ("mean", "", None, 3)
     ),

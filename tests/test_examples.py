@@ -21,9 +21,11 @@ LOSSES = ["SoftTripleLoss", "SubCenterArcFaceLoss", "ProxyAnchorLoss", "MultiPro
 METRICS = ["precision_at_1", "r_precision", "mean_average_precision_at_r"]
 
 
-def run(name, *arguments):
-    command = [sys.executable, "-W", "error::FutureWarning", str(ROOT / "examples" / name), *map(str, arguments)]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+def run(name, *arguments, start=("-W", "error::FutureWarning")):
+    command = [sys.executable, *start, str(ROOT / "examples" / name), *map(str, arguments)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
 
 
 def check_coarse_to_fine(out, seeds):
@@ -116,3 +118,10 @@ def test_start_from_kmeans():
     table = numbers(run("start_from_kmeans.py", "--epochs", 2, "--seeds", 1))
     assert [len(row) for row in table] == [2, 2]
     assert all(0 < value < 100 for row in table for value in row)
+
+
+def test_train_ddp():
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    lines = run("train_ddp.py", "--epochs", 2, "--batch-size", 60, start=torchrun).splitlines()
+    assert [line.split(":")[0] for line in lines] == ["epoch 1", "epoch 2"]
+    assert all(20 < float(line.split()[-1]) < 100 for line in lines)

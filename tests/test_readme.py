@@ -7,6 +7,7 @@ from pathlib import Path
 import matplotlib
 import pytest
 from matplotlib import pyplot as plt
+from torch import distributed
 
 from pml_multiproxy import MultiProxyEntropyLoss
 
@@ -20,9 +21,13 @@ def test_code_runs():
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     assert len(blocks) >= 3
     namespace = {}
-    for block in blocks:
-        exec(block, namespace)
-    plt.close("all")
+    try:
+        for block in blocks:
+            exec(block, namespace)
+    finally:
+        plt.close("all")
+        if distributed.is_initialized():
+            distributed.destroy_process_group()
 
 
 RESULTS = [*ROOT.glob("examples/results/*/table.md"), *ROOT.glob("benchmarks/results/**/*.md")]

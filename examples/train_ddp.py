@@ -1,0 +1,68 @@
+"""Train on several processes with DistributedDataParallel, the loss inside of it.
+
+    torchrun --standalone --nproc-per-node 2 examples/train_ddp.py
+
+Task and network are those of coarse_to_fine.py: train with the labels even and odd, retrieve digits. Prints MAP@R epoch
+by epoch. With usage_group, the usage of the proxies is moved by the batches of all processes together: the loss is that
+of one process with the whole batch. (The network is not quite, since batch normalization takes its statistics from the
+batch of each process.) Runs on CPUs, with the backend gloo; on GPUs, take nccl, and move model and batches to the one
+with the number LOCAL_RANK.
+"""
+
+import argparse
+
+import torch
+from digits import EMBEDDING_SIZE, load_data, make_models, make_optimizer, map_at_r
+from torch import distributed, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, DistributedSampler
+
+from pml_multiproxy.losses import MultiProxyEntropyLoss
+
+
+class Model(nn.Module):
+    """Network and loss in one: DistributedDataParallel averages the gradients of both."""
+
+    def __init__(self):
+        super().__init__()
+        self.network = nn.Sequential(*make_models().values())
+        self.loss_func = MultiProxyEntropyLoss(2, EMBEDDING_SIZE, usage_group=distributed.group.WORLD)
+
+    def forward(self, images, labels):
+        return self.loss_func(self.network(images), labels)
+
+
+def train(epochs, batch_size):
+    """Yields the network after each epoch. Batches are of equal size on all processes, together ``batch_size``."""
+    model = Model()
+    parallel = DistributedDataParallel(model)
+    optimizer = make_optimizer(model.network, model.loss_func)
+    sampler = DistributedSampler(load_data()[0], drop_last=True)
+    local_size = batch_size // distributed.get_world_size()
+    for epoch in range(epochs):
+        sampler.set_epoch(epoch)  # or every epoch would have the same order
+        for images, labels in DataLoader(load_data()[0], local_size, sampler=sampler, drop_last=True):
+            optimizer.zero_grad()
+            parallel(images, labels).backward()
+            optimizer.step()
+        yield model.network
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--epochs", type=int, default=10, metavar="N", help="default: %(default)s")
+    parser.add_argument(
+        "--batch-size", type=int, default=64, metavar="N", help="of all processes; default: %(default)s"
+    )
+    args = parser.parse_args()
+    distributed.init_process_group("gloo")
+    torch.manual_seed(0)
+    for epoch, network in enumerate(train(args.epochs, args.batch_size), start=1):
+        if distributed.get_rank() == 0:
+            print(f"epoch {epoch}: MAP@R {map_at_r(network):.1f}", flush=True)
+    distributed.barrier()  # until the first process has tested: an exit right after a step may crash in gloo's threads
+    distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -62,3 +62,15 @@ def test_writes_a_row_for_each_run_and_goes_on_from_them(name, data, benchmark, 
 def test_says_which_file_is_missing(benchmark, tmp_path):
     with pytest.raises(SystemExit, match=r"nowhere/clinc150_minilm\.npz is missing"):
         benchmark("miner", "--data", tmp_path / "nowhere")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
+@pytest.mark.parametrize("processes", [1, 2])
+def test_processes_send_what_the_formula_says(processes, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    module = importlib.import_module("distributed")
+    row = module.measure("tiny", module.Shape(8, 6, 2, 4), processes, repeats=1)
+    sent = sum(row[f"bytes {word}"] for word in module.KINDS.values())
+    assert sent == row["bytes by formula"] > 0
+    assert row["MB proxies"] == pytest.approx(6 * 2 * 4 * 4 / 1e6 / processes)

@@ -16,7 +16,6 @@ import torch
 from clinc import FILE as CLINC
 from clinc import SIZE, ResidualHead
 from PIL import Image, ImageOps
-from pytorch_metric_learning import datasets
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
@@ -175,9 +174,11 @@ def pretrained_network():
     return nn.Sequential(timm.create_model("resnet50", pretrained=True, num_classes=0), nn.Linear(2048, 512))
 
 
-def image_task(dataset, folder):
+def image_task(name, folder):
     """The usual split by classes; a fifth of the training classes are for validation."""
-    train, test = (dataset(folder, split=split) for split in ("train", "test"))
+    from pytorch_metric_learning import datasets  # which not all versions that we support have
+
+    train, test = (getattr(datasets, name)(folder, split=split) for split in ("train", "test"))
     labels, test_labels = torch.tensor(train.labels), torch.tensor(test.labels)
     classes = labels.unique()
     chosen = classes[torch.randperm(len(classes), generator=torch.Generator().manual_seed(0))[: len(classes) // 5]]
@@ -195,9 +196,9 @@ TASKS = {
     "omniglot-unseen": omniglot_unseen,
 }
 IMAGE_TASKS = {
-    "cub": partial(image_task, datasets.CUB),
-    "cars196": partial(image_task, datasets.Cars196),
-    "sop": partial(image_task, datasets.StanfordOnlineProducts),
+    "cub": partial(image_task, "CUB"),
+    "cars196": partial(image_task, "Cars196"),
+    "sop": partial(image_task, "StanfordOnlineProducts"),
 }
 
 

@@ -174,6 +174,7 @@ def test_interval_is_over_seeds_and_classes(modules):
 
 def test_image_folders(tasks, modules, monkeypatch, tmp_path):
     """In the layout of CUB: ten classes to train with, of which two for validation, and three new ones."""
+    pytest.importorskip("pytorch_metric_learning.datasets")
     root = tmp_path / "CUB_200_2011"
     numbers = [*range(1, 11), *range(101, 104)]
     names = [f"{c:03}.bird/{i}.jpg" for c in numbers for i in range(4)]

@@ -13,7 +13,6 @@ import argparse
 import csv
 import json
 import os
-import re
 import statistics
 import tempfile
 import time
@@ -24,12 +23,12 @@ from pathlib import Path
 
 import pytorch_metric_learning as pml
 import torch
+from speed import CPU, RESULTS, resident
 from torch import distributed
 
 from pml_multiproxy import _ranks
 from pml_multiproxy.distributed import ShardedMultiProxyEntropyLoss
 
-RESULTS = Path(__file__).parent / "results"
 Shape = namedtuple("Shape", "B C K D")
 SHAPES = {"sop5": Shape(256, 11318, 5, 512), "many proxies": Shape(256, 100_000, 10, 128)}
 PROCESSES = (1, 2, 4)
@@ -47,7 +46,6 @@ COLUMNS = (
     "MB proxies",
     "MB extra",
 )
-CPU = re.search(r"model name\s*:\s*(.+)|$", Path("/proc/cpuinfo").read_text())[1] or "CPU"
 MACHINE = f"{CPU}, {os.cpu_count()} cores"
 
 
@@ -84,10 +82,6 @@ def counted(sent):
             setattr(module, name, original)
 
 
-def resident(field):
-    return 1024 * int(re.search(rf"{field}:\s+(\d+)", Path("/proc/self/status").read_text())[1])
-
-
 def measure_on_rank(rank, processes, shape, repeats, folder):
     torch.set_num_threads(1)
     store = distributed.FileStore(os.path.join(folder, "store"), processes)
@@ -112,6 +106,7 @@ def measure_on_rank(rank, processes, shape, repeats, folder):
     row |= {"step ms": 1e3 * statistics.median(seconds), "MB proxies": proxies / 1e6, "MB extra": extra / 1e6}
     Path(folder, f"{rank}.json").write_text(json.dumps(row))
     distributed.barrier()
+    os._exit(0)  # past the shut-down of gloo, whose threads may abort a process that ends in the ordinary way
 
 
 def make_step(shape, processes):

@@ -33,15 +33,14 @@ class Ranks:
             )
         return range(min(self.rank * length, count), min((self.rank + 1) * length, count))
 
-    def agree(self, facts: dict[str, Any]) -> dict[str, Any]:
-        """Those of the first rank; an error on every rank where another rank has others."""
+    def agree(self, facts: dict[str, Any]) -> None:
+        """An error on every rank where another rank has others."""
         of_ranks: list[Any] = [None] * self.size
         distributed.all_gather_object(of_ranks, facts, group=self.group)
         for name in facts:
             values = [of_rank[name] for of_rank in of_ranks]
             if any(value != values[0] for value in values):
                 raise ValueError(f"{name} must be the same on all ranks, got {values}, from rank 0 on")
-        return facts
 
     def nearest(self, similarity: Tensor, position: Tensor) -> Tensor:
         """``(B,)``: of the positions that the ranks have, the first one that has the largest similarity."""

@@ -301,21 +301,14 @@ def updated_usage(usage: Tensor, assignments: Tensor, labels: Tensor, momentum: 
     tensor([[0.8750, 0.1250],
             [0.8750, 0.1250]])
     """
-    if len(labels) == 0:
-        return usage[labels]
-    counted = _finite_rows(assignments)
-    # The last sample of a class has its number stand for the class. torch.unique would make a GPU wait for the host.
-    number_of_class = labels.new_empty(len(usage))
-    number_of_class[labels] = torch.arange(len(labels), device=labels.device)
-    numbers = number_of_class[labels]
-    sums = torch.zeros_like(counted).index_add_(0, numbers, counted)[numbers]
-    return moved_usage(usage[labels], sums, momentum)
+    sums = usage_sums(assignments, labels, len(usage))
+    return moved_usage(usage[labels], sums[labels], momentum)
 
 
 def usage_sums(assignments: Tensor, labels: Tensor, num_classes: int) -> Tensor:
     r"""The sum of the assignment over the samples of each class, :math:`n\,\bar q_c`, for :func:`moved_usage`.
 
-    Unlike what :func:`updated_usage` works on, such sums can be added up over processes.
+    Such sums can be added up over processes.
 
     Args:
         assignments: ``(B, K)``, rows sum to 1. Those that are not finite do not count.
@@ -329,7 +322,9 @@ def usage_sums(assignments: Tensor, labels: Tensor, num_classes: int) -> Tensor:
     tensor([[0.0000, 0.0000],
             [1.5000, 0.5000]])
     """
-    counted = _finite_rows(assignments)
+    assignments = assignments.detach()
+    sums = assignments.sum(dim=1, keepdim=True)
+    counted = torch.where(sums - sums == 0, assignments, 0)  # what is not finite does not equal itself less itself
     return counted.new_zeros(num_classes, counted.shape[1]).index_add_(0, labels, counted)
 
 
@@ -351,13 +346,6 @@ def moved_usage(usage: Tensor, sums: Tensor, momentum: float) -> Tensor:
     count = sums.sum(dim=1, keepdim=True).round_()  # rows sum to 1
     mean = sums / count.clamp_min(1)
     return torch.lerp(mean, usage.to(mean.dtype), momentum**count)
-
-
-def _finite_rows(assignments: Tensor) -> Tensor:
-    """Zero in place of the others."""
-    assignments = assignments.detach()
-    sums = assignments.sum(dim=1, keepdim=True)
-    return torch.where(sums - sums == 0, assignments, 0)  # what is not finite does not equal itself less itself
 
 
 def balance(assignments: Tensor, own_usage: Tensor) -> Tensor:

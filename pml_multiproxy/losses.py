@@ -440,15 +440,12 @@ class MultiProxyEntropyLoss(WeightRegularizerMixin, BaseMetricLossFunction):  # 
 
     def _own_usage(self, assignments: Tensor, labels: Tensor, learns: bool) -> Tensor:
         """The usage of the class of each sample, ``(B, K)``, which is first moved on by the batch if it ``learns``."""
-        if not learns:
-            return self.proxy_usage[labels].to(assignments.dtype)
-        if self.usage_group is not None:
+        if learns and self.usage_group is not None:
             self._move_usage_together(assignments, labels)
-            return self.proxy_usage[labels].to(assignments.dtype)
-        rows = functional.updated_usage(self.proxy_usage, assignments, labels, self.usage_momentum)
-        rows = rows.to(self.proxy_usage.dtype)
-        self.proxy_usage[labels] = rows
-        return rows.to(assignments.dtype)
+        elif learns:
+            rows = functional.updated_usage(self.proxy_usage, assignments, labels, self.usage_momentum)
+            self.proxy_usage[labels] = rows.to(self.proxy_usage.dtype)
+        return self.proxy_usage[labels].to(assignments.dtype)
 
     def _move_usage_together(self, assignments: Tensor, labels: Tensor) -> None:
         # A table of all classes, not the rows of the batch: its size is the same everywhere, so that processes may hold

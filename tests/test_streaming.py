@@ -138,6 +138,7 @@ def test_autocast(per_chunk, distance, dtype, pooling, batch):
         3, 8, 4, distance=DISTANCES[distance](), scale=2, pooling=pooling, classes_per_chunk=per_chunk
     )
     loss_func.eval()
+    loss_func.proxies.data *= 0.5 + torch.rand(3, 4, 1)
     expected = step(plain(loss_func), *batch, autocast=dtype)
     actual = step(loss_func, *batch, autocast=dtype)
     exact = step(plain(loss_func), *batch)
@@ -169,6 +170,18 @@ def test_cosine_does_not_depend_on_lengths(length, per_chunk):
     torch.testing.assert_close(of_embeddings * length, expected[1], rtol=1e-3, atol=1e-5)
     of_proxies[1:3] *= length
     torch.testing.assert_close(of_proxies, expected[2], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("per_chunk", [1, 2, 7])
+@pytest.mark.parametrize("pooling", functional.POOLINGS)
+def test_equally_near_proxies_share_the_gradient(pooling, per_chunk, monkeypatch):
+    monkeypatch.setattr(_streaming, "CHUNK_BYTES", 1)  # also where all is kept, there are several chunks
+    loss_func = MultiProxyEntropyLoss(7, 6, 3, pooling=pooling, classes_per_chunk=per_chunk).double().eval()
+    loss_func.proxies.data[:, 1] = loss_func.proxies.data[:, 0]
+    batch = torch.randn(9, 6, dtype=torch.float64), torch.randint(7, (9,))
+    actual = step(loss_func, *batch)
+    torch.testing.assert_close(actual, step(plain(loss_func), *batch), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(actual[2][:, 0], actual[2][:, 1])
 
 
 @pytest.mark.parametrize("per_chunk", [2, 7])

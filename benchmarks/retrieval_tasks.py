@@ -121,7 +121,8 @@ def omniglot(folder, number):
 
 
 def omniglot_network():
-    return ConvNet([1, 32, 64, 64, 64], pooled_after=(0, 1, 2), flat=576)
+    network = ConvNet([1, 16, 64, 64, 64], pooled_after=(0, 1, 2), flat=576)
+    return network.to(memory_format=torch.channels_last)  # 1.5 times as fast on a CPU
 
 
 def omniglot_coarse(folder):
@@ -129,7 +130,7 @@ def omniglot_coarse(folder):
     images, alphabets, characters, drawings = omniglot(folder, 0)
     data = Data(images, *(torch.tensor(np.unique(names, return_inverse=True)[1]) for names in (alphabets, characters)))
     parts = drawings <= 10, (drawings > 10) & (drawings <= 14), drawings > 14
-    return Task(*(data.where(torch.tensor(part)) for part in parts), omniglot_network, 64, 20, 128)
+    return Task(*(data.where(torch.tensor(part)) for part in parts), omniglot_network, 64, 10, 128)
 
 
 def omniglot_unseen(folder):
@@ -143,7 +144,7 @@ def omniglot_unseen(folder):
     old = torch.arange(len(names)) < len(characters)
     chosen = torch.randperm(len(set(characters)), generator=torch.Generator().manual_seed(0))[:30]
     validation = old & torch.isin(labels, labels[old].unique()[chosen])
-    return Task(*map(data.where, (old & ~validation, validation, ~old)), omniglot_network, 64, 20, 128, per_class=4)
+    return Task(*map(data.where, (old & ~validation, validation, ~old)), omniglot_network, 64, 10, 128, per_class=4)
 
 
 class Images:

@@ -60,7 +60,9 @@ def main():
     for epoch, network in enumerate(train(args.epochs, args.batch_size), start=1):
         if distributed.get_rank() == 0:
             print(f"epoch {epoch}: MAP@R {map_at_r(network):.1f}", flush=True)
-    distributed.barrier()  # until the first process has tested: an exit right after a step may crash in gloo's threads
+    # The first process is still testing. And gloo's threads may hold tensors of the last step, which must not be freed
+    # while Python ends (github.com/pytorch/pytorch/pull/179291); after this they do not.
+    distributed.barrier()
     distributed.destroy_process_group()
 
 

@@ -32,6 +32,12 @@ class Sums(NamedTuple):
         return Sums(maximum, alpha * self.z, alpha * torch.addcmul(self.t, shift, self.z))
 
 
+def sums_of_none(like: Tensor) -> Sums:
+    """Over no class, for as many samples as in ``like``, ``(B,)``."""
+    lowest = torch.finfo(like.dtype).min
+    return Sums(torch.full_like(like, lowest / 2), torch.zeros_like(like), torch.zeros_like(like))
+
+
 class ClassSoftmax:
     """Forward calls :meth:`add` for all classes, then :meth:`close`; backward :meth:`begin`, then :meth:`gradient`.
 

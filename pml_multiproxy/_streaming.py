@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import functional
-from ._class_softmax import ClassSoftmax, Sums
+from ._class_softmax import ClassSoftmax, Sums, sums_of_none
 from ._own import Own
 from ._poolings import POOLINGS, Pooling
 from ._similarities import Similarity
@@ -116,9 +116,9 @@ class _Loss(torch.autograd.Function):
             over_classes.add(settings.scale * pooling.pooled, chunk.own)
             if settings.plan.keep:
                 kept.append((chunk, pooling.pooled, pooling.differentiate(compact=several)))
-        assert over_classes.others
         within_class = _WithinClass(own, settings)
-        state = settings.complete(State(over_classes.others, own_pooled, within_class.intra, within_class.balance))
+        others = over_classes.others or sums_of_none(own_pooled)
+        state = settings.complete(State(others, own_pooled, within_class.intra, within_class.balance))
         over_classes.close(state.others, settings.scale * state.own_pooled, settings.scale * settings.margin)
         terms = functional.Terms(over_classes.classification, state.intra, over_classes.entropy, state.balance)
         ctx.save_for_backward(proxies, labels)

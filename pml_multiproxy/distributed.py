@@ -54,8 +54,8 @@ class ShardedMultiProxyEntropyLoss(MultiProxyEntropyLoss):
     With ``reseed_below``, each rank moves the proxies that it holds, by lots of its own.
 
     Args:
-        num_classes: :math:`C`, of all ranks. Slices are :math:`\lceil C / R \rceil` classes long for :math:`R` ranks,
-            the last one may be shorter, and none may be empty.
+        num_classes: :math:`C`, of all ranks. As ``DTensor`` has it, slices are :math:`\lceil C / R \rceil` classes long
+            for :math:`R` ranks while classes last: with 9 classes, 4 ranks hold 3, 3, 3 and none.
         embedding_size: as there.
         proxies_per_class: as there.
         process_group: a ``torch.distributed.ProcessGroup``; ``None``: all processes. Its ranks have to do the same:
@@ -71,7 +71,7 @@ class ShardedMultiProxyEntropyLoss(MultiProxyEntropyLoss):
 
     Raises:
         ValueError: on every rank: for settings that differ between the ranks, when made; for dtypes of embeddings that
-            differ, or only some ranks in training, when called; for more ranks than classes.
+            differ, or only some ranks in training, when called.
         RuntimeError: without a process group; where a rank does not answer within the timeout of the group.
         TypeError, ValueError: as the ordinary loss, on the rank that it concerns; the others wait for it until the
             timeout.
@@ -138,6 +138,9 @@ class ShardedMultiProxyEntropyLoss(MultiProxyEntropyLoss):
         Returns:
             ``(B, len(classes))``.
         """
+        if not self.classes:
+            check.embeddings(embeddings, self.proxies)
+            return embeddings.new_empty(len(embeddings), 0, dtype=functional.compute_dtype(embeddings, self.proxies))
         return super().get_logits(embeddings)
 
     @torch.no_grad()
@@ -230,6 +233,8 @@ class ShardedMultiProxyEntropyLoss(MultiProxyEntropyLoss):
     @torch.no_grad()
     def _own_usage(self, assignments: Tensor, places: Tensor, learns: bool) -> Tensor:
         usage, here = self._held_usage(), self._are_here(places)
+        if not self.classes:
+            return torch.ones_like(assignments)  # which nothing takes: no sample is here
         places = torch.where(here, places, 0)  # some place for the others
         if learns:
             counted = torch.where(here.unsqueeze(1), assignments, torch.nan)  # which does not count
@@ -250,9 +255,9 @@ class ShardedMultiProxyEntropyLoss(MultiProxyEntropyLoss):
         return torch.where(largest > 0, mined.to(dtype) / largest.clamp_min(1), 1)
 
     def _usage_statistics(self) -> tuple[Tensor, Tensor]:
-        means = torch.stack(super()._usage_statistics()) * (len(self.classes) / self.num_classes)
-        distributed.all_reduce(means, group=self._ranks.group)
-        in_use, perplexity = means
+        sums = torch.stack(super()._usage_statistics()).sum(dim=1)
+        distributed.all_reduce(sums, group=self._ranks.group)
+        in_use, perplexity = sums / self.num_classes
         return in_use, perplexity
 
     def _nearest_here(self, embeddings: Tensor) -> tuple[Tensor, Tensor]:

@@ -467,13 +467,13 @@ class MultiProxyEntropyLoss(WeightRegularizerMixin, BaseMetricLossFunction):  # 
             return None
         lengths = torch.linalg.vector_norm(self._held_proxies().detach(), dim=-1).flatten()
         # Their squares may overflow; on a GPU, looking would make it wait.
-        return lengths if lengths.is_cuda or lengths.amax() < math.inf else None
+        return lengths if lengths.is_cuda or (lengths < math.inf).all() else None
 
     def _in_chunks(self, embeddings: Tensor) -> Iterator[tuple[int, Tensor]]:
         """The first of some classes, and the similarities to their proxies, ``(B, c, K)``."""
         proxies, dtype = self._held_proxies(), functional.compute_dtype(embeddings, self.proxies)
         plan = streaming.make_plan(self.classes_per_chunk, len(embeddings), proxies, dtype)
-        count = len(proxies) if plan.keep else plan.classes_per_chunk
+        count = max(len(proxies), 1) if plan.keep else plan.classes_per_chunk
         for start in range(0, len(proxies), count):
             yield start, self._to_proxies(embeddings, proxies[start : start + count])
 
@@ -528,10 +528,10 @@ class MultiProxyEntropyLoss(WeightRegularizerMixin, BaseMetricLossFunction):  # 
             setattr(self, name, mean)
 
     def _usage_statistics(self) -> tuple[Tensor, Tensor]:
-        """``proxies_in_use`` and ``usage_perplexity``."""
+        """``proxies_in_use`` and ``usage_perplexity``, whose means over the classes these have."""
         usage = self._held_usage()
         in_use = usage >= IN_USE / self.proxies_per_class
-        return in_use.to(usage.dtype).mean(), functional.perplexity(usage).mean()
+        return in_use.to(usage.dtype).mean(dim=1), functional.perplexity(usage)
 
     def __getstate__(self) -> dict[str, Any]:
         if self.usage_group is not None:

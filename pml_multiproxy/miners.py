@@ -42,7 +42,8 @@ class MultiProxyMiner(BaseMiner):  # type: ignore[misc]
     loss along, which nobody trains.
 
     Raises:
-        TypeError, ValueError: for an argument of the wrong kind, shape, dtype, device or range.
+        TypeError, ValueError: for an argument of the wrong kind, shape, dtype, device or range; for a loss whose proxies
+            are spread over processes.
 
     Example:
         >>> import torch
@@ -60,6 +61,11 @@ class MultiProxyMiner(BaseMiner):  # type: ignore[misc]
     def __init__(self, loss_func: MultiProxyEntropyLoss, negative_margin: float = 0.0, **kwargs: Any) -> None:
         if not isinstance(loss_func, MultiProxyEntropyLoss):
             raise TypeError(f"loss_func must be a MultiProxyEntropyLoss, got {type(loss_func).__name__}")
+        if loss_func._held_proxies() is not loss_func.proxies:
+            raise TypeError(
+                f"loss_func must hold all of its proxies in this process, got a {type(loss_func).__name__}, whose "
+                "proxies are spread over processes"
+            )
         super().__init__(distance=loss_func.distance, **kwargs)
         # Past torch.nn.Module, which would count the loss's parameters twice where both are saved or trained.
         object.__setattr__(self, "loss_func", loss_func)

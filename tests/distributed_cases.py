@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pml_multiproxy import MultiProxyEntropyLoss, functional
 from pml_multiproxy.distributed import ShardedMultiProxyEntropyLoss, load_checkpoint, save_checkpoint
+from pml_multiproxy.miners import MultiProxyMiner
 
 CLASSES, SIZE, PER_CLASS = 11, 6, 3
 
@@ -336,10 +337,24 @@ def embedding_regularizer_gets_its_gradient_once(group):
         assert_same_step(one, sharded, embeddings, labels)
 
 
-@on(2)
-def statistics_are_those_of_all_samples(group):
-    one, sharded = pair_of_losses(group, collect_stats=True)
-    for embeddings, labels in rows([4, 9], steps=2):
+@on(4, num_classes=9, sizes=[3, 3, 3, 0])
+@on(4, num_classes=5, sizes=[2, 2, 1, 0])
+@on(4, num_classes=2, sizes=[1, 1, 0, 0])
+@on(4, num_classes=1, sizes=[1, 0, 0, 0])
+def ranks_may_hold_no_class(group, num_classes, sizes):
+    for settings in ({}, {"pooling": "softmax", "classes_per_chunk": 1}, {"distance": "L2"}):
+        one, sharded = pair_of_losses(group, num_classes, **settings)
+        assert len(sharded.classes) == sizes[distributed.get_rank(group)]
+        assert len(local(sharded.proxies)) == len(local(sharded.proxy_usage)) == len(sharded.classes)
+        for embeddings, labels in rows(UNEVEN, 4, num_classes):
+            assert_same_step(one, sharded, embeddings, labels)
+
+
+@on(2, num_classes=CLASSES)
+@on(4, num_classes=5)
+def statistics_are_those_of_all_samples(group, num_classes):
+    one, sharded = pair_of_losses(group, num_classes, collect_stats=True)
+    for embeddings, labels in rows([4, 9, 2, 3][: distributed.get_world_size(group)], 2, num_classes):
         assert_same_step(one, sharded, embeddings, labels)
         for name in one._record_these_stats:
             assert getattr(sharded, name) == pytest.approx(getattr(one, name), rel=1e-6), name
@@ -388,10 +403,11 @@ def embeddings_of_less_precision(group):
     torch.testing.assert_close(own.grad, 2 * everything.grad.split([4, 9])[rank], rtol=0.1, atol=0.01)
 
 
-@on(4)
-def assignments_are_those_of_one_process(group):
-    one, sharded = pair_of_losses(group)
-    ((embeddings, labels),) = rows(UNEVEN)
+@on(4, num_classes=CLASSES)
+@on(4, num_classes=5)
+def assignments_are_those_of_one_process(group, num_classes):
+    one, sharded = pair_of_losses(group, num_classes)
+    ((embeddings, labels),) = rows(UNEVEN, 1, num_classes)
     rank = distributed.get_rank(group)
     for given in (None, labels[rank]):
         for actual, expected in zip(
@@ -402,28 +418,31 @@ def assignments_are_those_of_one_process(group):
     assert_close(sharded.get_logits(embeddings[rank]), logits, 1e-12)
 
 
-@on(2)
-def start_by_kmeans(group):
-    _, sharded = pair_of_losses(group)
+@on(2, num_classes=CLASSES)
+@on(4, num_classes=5)
+def start_by_kmeans(group, num_classes):
+    _, sharded = pair_of_losses(group, num_classes)
     before = local(sharded.proxies).clone()
-    embeddings, labels = torch.randn(200, SIZE), torch.arange(200) % (CLASSES - 1)
+    embeddings, labels = torch.randn(200, SIZE), torch.arange(200) % (num_classes - 1)
     sharded.init_proxies(embeddings, labels)
     moved = (local(sharded.proxies) != before).flatten(1).any(dim=1)
-    assert moved.equal(torch.tensor([c < CLASSES - 1 for c in sharded.classes]))
-    torch.testing.assert_close(local(sharded.proxies)[moved].norm(dim=-1).min().item(), 1.0)
+    assert moved.tolist() == [c < num_classes - 1 for c in sharded.classes]
+    lengths = local(sharded.proxies)[moved].norm(dim=-1)
+    torch.testing.assert_close(lengths, torch.ones_like(lengths))
     torch.testing.assert_close(local(sharded.proxy_usage).sum(dim=1), torch.ones(len(sharded.classes)))
 
 
-@on(2)
-def dead_proxies_are_moved_where_they_lie(group):
-    _, sharded = pair_of_losses(group, reseed_below=0.1)
+@on(2, num_classes=CLASSES)
+@on(4, num_classes=5)
+def dead_proxies_are_moved_where_they_lie(group, num_classes):
+    _, sharded = pair_of_losses(group, num_classes, reseed_below=0.1)
     usage = local(sharded.proxy_usage)
     usage.copy_(torch.tensor([0.6, 0.4, 0.0]))
     dead = local(sharded.proxies)[:, 2].clone()
-    everything = torch.randn(2 * CLASSES, SIZE, dtype=torch.float64)
-    labels = torch.arange(2 * CLASSES) % CLASSES
-    rank = distributed.get_rank(group)
-    sharded(everything[rank::2], labels[rank::2])
+    everything = torch.randn(2 * num_classes, SIZE, dtype=torch.float64)
+    labels = torch.arange(2 * num_classes) % num_classes
+    rank, size = distributed.get_rank(group), distributed.get_world_size(group)
+    sharded(everything[rank::size], labels[rank::size])
     assert not (local(sharded.proxies)[:, 2] == dead).any()
     points = torch.nn.functional.normalize(everything)
     for c, proxy in zip(sharded.classes, local(sharded.proxies)[:, 2], strict=True):
@@ -472,10 +491,6 @@ def arguments_that_cannot_be_are_refused(group):
     def make(num_classes=8, **settings):
         return ShardedMultiProxyEntropyLoss(num_classes, SIZE, **{"process_group": group, **settings})
 
-    with pytest.raises(ValueError, match=r"got 3 for 4 ranks: slices of 1 reach 3 of them only"):
-        make(3)
-    with pytest.raises(ValueError, match=r"got 5 for 4 ranks: slices of 2 reach 3 of them only"):
-        make(5)
     with pytest.raises(ValueError, match="usage_group must be None for proxies that are spread over processes"):
         make(usage_group=group)
     with pytest.raises(ValueError, match="weight_regularizer must be None"):
@@ -483,6 +498,8 @@ def arguments_that_cannot_be_are_refused(group):
     with pytest.raises(TypeError, match=r"process_group must be None or a torch\.distributed\.ProcessGroup"):
         make(process_group=4)
     loss_func = make()
+    with pytest.raises(TypeError, match="loss_func must hold all of its proxies in this process, got a Sharded"):
+        MultiProxyMiner(loss_func)
     for make_copy in (copy.deepcopy, pickle.dumps):
         with pytest.raises(TypeError, match="can be neither copied nor pickled"):
             make_copy(loss_func)
@@ -548,7 +565,7 @@ def train(group, model, optimizer, steps):
     """Some of the steps over the samples of four ranks, of which this rank has its share, in order."""
     rank, size = distributed.get_rank(group), distributed.get_world_size(group)
     share = slice(rank * 4 // size, (rank + 1) * 4 // size)
-    for step, (inputs, labels) in enumerate(batches(max(steps) + 1, UNEVEN, num_classes=7)):
+    for step, (inputs, labels) in enumerate(batches(max(steps) + 1, UNEVEN, model["loss_func"].num_classes)):
         if step in steps:
             optimizer.zero_grad()
             embeddings = model["network"](torch.cat(inputs[share]))
@@ -563,10 +580,11 @@ def whole_state(model):
     }
 
 
-@on(4)
-def training_resumes_on_any_number_of_ranks(group):
+@on(4, num_classes=7)
+@on(4, num_classes=5)
+def training_resumes_on_any_number_of_ranks(group, num_classes):
     folder = shared_folder(group)
-    model, optimizer = make_training(group)
+    model, optimizer = make_training(group, num_classes)
     train(group, model, optimizer, range(3))
     save_checkpoint(folder, 3, model, optimizer, group)
     train(group, model, optimizer, range(3, 10))
@@ -577,7 +595,7 @@ def training_resumes_on_any_number_of_ranks(group):
         if distributed.get_rank() >= size:
             continue
         for sharded in (True, False) if size == 1 else (True,):
-            model, optimizer = make_training(some, sharded=sharded)
+            model, optimizer = make_training(some, num_classes, sharded)
             assert load_checkpoint(folder, model, optimizer, some) == 3
             train(some, model, optimizer, range(3, 10))
             actual = whole_state(model)
@@ -591,7 +609,7 @@ def training_resumes_on_any_number_of_ranks(group):
                 save_checkpoint(again, 10, model, optimizer, some)
                 train(some, model, optimizer, range(10, 12))
                 expected_end = whole_state(model)
-                model, optimizer = make_training(some)
+                model, optimizer = make_training(some, num_classes)
                 assert load_checkpoint(again, model, optimizer, some) == 10
                 train(some, model, optimizer, range(10, 12))
                 assert_close(whole_state(model), expected_end, 1e-8)

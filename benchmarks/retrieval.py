@@ -5,7 +5,7 @@ optimizer, batches and epochs. Each has twelve configurations, the same on every
 them is run once and evaluated on a validation part; then, with fresh seeds, on the test part: the configuration that
 was best on validation, the documented defaults, and the one that was best on the other tasks. For the test, validation
 data are trained on, too. Where training labels are coarse, validation uses the fine labels of held-out samples; where
-the test classes are new, held-out classes. --sweep evaluates single changes of our defaults, on validation.
+the test classes are new, held-out classes. --sweep evaluates changes of our defaults on validation, and tests the best.
 
 Writes one row per run to results/retrieval/TASK.csv, and goes on from what these hold. --report makes the tables and
 pictures of them alone.
@@ -23,8 +23,8 @@ import numpy as np
 import torch
 from pytorch_metric_learning.samplers import MPerClassSampler
 from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
-from retrieval_losses import FAMILIES, UNTRAINED, cluster, load
-from retrieval_report import chosen, report
+from retrieval_losses import COUNTS, FAMILIES, UNTRAINED, changes, cluster, load, settings
+from retrieval_report import OURS, SEVERAL_PROXIES, chosen, report
 from retrieval_tasks import IMAGE_TASKS, TASKS
 from torch import nn
 from tqdm import tqdm
@@ -32,30 +32,22 @@ from tqdm import tqdm
 RESULTS = Path(__file__).parent / "results" / "retrieval"
 METRICS = "map_at_r", "r_precision", "precision_at_1"
 VALIDATION_SEED = 100
+SWEEP_SEEDS = 100, 101
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-SWEEPS = {
-    "proxies_per_class": [1, 2, 5, 10, 20, 30, 50],
-    "scale": [5, 20, 30],
-    "temperature": [0.02, 0.1, 0.2],
-    "intra_weight": [0.0, 0.25, 1.0],
-    "inter_weight": [0.0, 0.3, 1.0],
-    "balance_weight": [0.0, 0.25, 1.0],
-    "usage_momentum": [0.5, 0.95, 0.99],
-    "pooling": ["softmax", "logsumexp"],
-    "reseed_below": [0.1],
-}
 
 
 def train(task, data, family, configuration, seed):
     """The trained network."""
-    settings, proxies_lr = dict(configuration), configuration["proxies_lr"]
-    del settings["proxies_lr"]
+    settings = dict(configuration)
+    proxies_lr, from_kmeans = settings.pop("proxies_lr"), settings.pop("from_kmeans", False)
     labels = torch.unique(data.coarse, return_inverse=True)[1]
     count = settings.pop("clusters", None)
     if count:
         labels = torch.unique(cluster(data.x, labels, count, seed), return_inverse=True)[1]
     network = task.make_network().to(DEVICE)
     loss_func = family.build(int(labels.max()) + 1, task.embedding_size, **settings).to(DEVICE)
+    if from_kmeans:
+        loss_func.init_proxies(embed(network, data.x).to(DEVICE), labels)
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3)
     if list(loss_func.parameters()):
         optimizer.add_param_group({"params": loss_func.parameters(), "lr": proxies_lr})
@@ -75,15 +67,19 @@ def batches(task, labels):
 
 
 @torch.no_grad()
+def embed(network, x):
+    network.eval()
+    parts = [nn.functional.normalize(network(x[batch].to(DEVICE))) for batch in torch.arange(len(x)).split(1024)]
+    network.train()
+    return torch.cat(parts).cpu()
+
+
 def evaluate(network, data):
     """Each metric as the mean over the classes, in %; MAP@R of each class, too."""
     calculator = AccuracyCalculator(
         include=("mean_average_precision_at_r", *METRICS[1:]), k="max_bin_count", return_per_class=True
     )
-    network.eval()
-    numbers = torch.arange(len(data.x)).split(1024)
-    embeddings = torch.cat([nn.functional.normalize(network(data.x[batch].to(DEVICE))).cpu() for batch in numbers])
-    by_class = calculator.get_accuracy(embeddings, data.fine)
+    by_class = calculator.get_accuracy(embed(network, data.x), data.fine)
     by_class["map_at_r"] = by_class["mean_average_precision_at_r"]
     means = {name: f"{100 * np.mean(by_class[name]):.2f}" for name in METRICS}
     return means | {"map_at_r_by_class": " ".join(f"{100 * value:.1f}" for value in by_class["map_at_r"])}
@@ -151,26 +147,26 @@ def plan(runs, name, args):
     losses = [loss for loss in args.losses if name in TASKS or FAMILIES[loss].several != "clusters"]
     for index in range(args.configs):
         for loss in losses:
-            yield "validation", loss, index, load()[loss][index], VALIDATION_SEED
+            yield "validation", loss, index, settings(loss, index), VALIDATION_SEED
+    if args.sweep:
+        yield from sweep(name, losses)
     for seed in range(args.seeds):
         yield "test", UNTRAINED, 0, None, seed
         for loss in losses:
-            for index in sorted(set(chosen(runs, name, loss).values())):
-                yield "test", loss, index, load()[loss][index], seed
-    if args.sweep:
-        yield from sweep(args.seeds)
+            for index in dict.fromkeys(chosen(runs, name, loss).values()):
+                yield "test", loss, index, settings(loss, index), seed
 
 
-def sweep(seeds):
-    name, default = "MultiProxyEntropy", load()["MultiProxyEntropy"][0]
-    changes = [{}] + [{key: value} for key, values in SWEEPS.items() for value in values]
-    for seed in range(VALIDATION_SEED, VALIDATION_SEED + seeds):
-        for change in changes:
-            label = "".join(f"{key}={value}" for key, value in change.items()) or "defaults"
-            yield "sweep", name, label, default | change, seed
-        for peer, key in (("SoftTriple", "centers_per_class"), ("SubCenterArcFace", "sub_centers")):
-            for count in SWEEPS["proxies_per_class"]:
-                yield "sweep", peer, f"proxies_per_class={count}", load()[peer][0] | {key: count}, seed
+def sweep(task, losses):
+    peers = SEVERAL_PROXIES if task.endswith("coarse") else ()
+    for seed in SWEEP_SEEDS:
+        for loss in losses:
+            if loss == OURS:
+                yield from (("sweep", loss, label, settings(loss, label), seed) for label in changes())
+            elif loss in peers:
+                for count in COUNTS:
+                    label = f"{FAMILIES[loss].several}={count}"
+                    yield "sweep", loss, label, settings(loss, label), seed
 
 
 def main():
@@ -181,7 +177,7 @@ def main():
     parser.add_argument("--data", metavar="DIR", help="where the files lie that are not part of scikit-learn")
     parser.add_argument("--configs", type=int, default=12, metavar="N", help="how many of each loss; default: all 12")
     parser.add_argument("--seeds", type=int, default=5, metavar="N", help="default: %(default)s")
-    parser.add_argument("--sweep", action="store_true", help="single changes of our defaults, too")
+    parser.add_argument("--sweep", action="store_true", help="changes of our defaults, too")
     parser.add_argument("--out", type=Path, default=RESULTS, metavar="DIR")
     parser.add_argument("--threads", type=int, default=2, metavar="N", help="default: %(default)s")
     parser.add_argument("--report", action="store_true", help="tables and pictures of what the CSV files hold")

@@ -9,6 +9,7 @@ such order of how many.
 import inspect
 import json
 import random
+from ast import literal_eval
 from pathlib import Path
 from typing import NamedTuple
 
@@ -115,6 +116,39 @@ def draw(name, family):
         parameters = inspect.signature(MultiProxyEntropyLoss).parameters
         first = {key: parameters[key].default for key in OURS | BALANCED} | first
     return [first] + [first | {key: values[i] for key, values in drawn.items()} for i in range(DRAWS)]
+
+
+COUNTS = [1, 2, 5, 10, 15, 20, 30, 50]
+SWEEPS = {
+    "proxies_per_class": COUNTS,
+    "scale": [5, 20, 30],
+    "temperature": [0.02, 0.1, 0.2],
+    "margin": [0.05, 0.1],
+    "intra_weight": [0.0, 0.25, 1.0],
+    "inter_weight": [0.0, 0.3, 1.0],
+    "balance_weight": [0.0, 0.25, 1.0],
+    "usage_momentum": [0.5, 0.95, 0.99],
+    "pooling": ["softmax", "logsumexp"],
+    "reseed_below": [0.1],
+    "proxies_lr": [0.003, 0.03],
+    "from_kmeans": [True],
+}
+WITH_ONE_PROXY = {"scale": [5, 20, 30], "margin": [0.05, 0.1], "inter_weight": [0.0, 0.3], "proxies_lr": [0.003, 0.03]}
+
+
+def changes():
+    """Of our defaults, as labels that :func:`settings` reads."""
+    singles = [f"{key}={value}" for key, values in SWEEPS.items() for value in values]
+    pairs = [f"proxies_per_class=1 {key}={value}" for key, values in WITH_ONE_PROXY.items() for value in values]
+    return ["defaults", *singles, *pairs]
+
+
+def settings(loss, index):
+    """The configuration of this number, or the first with these changes."""
+    if isinstance(index, int):
+        return load()[loss][index]
+    changes = dict(change.split("=") for change in index.split() if index != "defaults")
+    return load()[loss][0] | {key: value if key == "pooling" else literal_eval(value) for key, value in changes.items()}
 
 
 def shuffled(values, seed):

@@ -5,13 +5,14 @@ import inspect
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
-from retrieval_losses import FAMILIES, REFERENCES, UNTRAINED
+from retrieval_losses import COUNTS, DEFAULT_LR, FAMILIES, REFERENCES, SWEEPS, UNTRAINED, changes
 from retrieval_tasks import TASKS
 
 from pml_multiproxy import MultiProxyEntropyLoss
 
 OURS = "MultiProxyEntropy"
 PEERS = [name for name in FAMILIES if name not in REFERENCES and not name.startswith(OURS)]
+SEVERAL_PROXIES = "SoftTriple", "SubCenterArcFace"
 TABLES = {
     "best here": "each loss in its configuration that was best on the validation part of the task",
     "best elsewhere": "one configuration per loss for everything: that which was best on validation of the other tasks",
@@ -30,6 +31,10 @@ def chosen(runs, name, loss):
         tables["best elsewhere"] = int(
             np.argmax(np.mean([np.array(scores) / max(scores) for scores in others], axis=0))
         )
+    if loss == OURS:
+        scores = swept(runs, name, loss)
+        if scores.keys() >= set(changes()):
+            tables["changed"] = max(changes(), key=lambda label: np.mean(scores[label]))
     return tables
 
 
@@ -77,18 +82,34 @@ def main_table(found):
 
 
 def difference_table(found):
-    lines = ["| task | best peer | ours | difference | ratio |", "|---|---|---|---|---|"]
-    for name, values in found.items():
+    rows = [(name, values[OURS], values) for name, values in found.items() if OURS in values]
+    return differences("ours", [(name, "", ours, values) for name, ours, values in rows])
+
+
+def changed_table(runs):
+    """The best of the sweep against the best peer in its best configuration."""
+    rows = []
+    for name, values in measured(runs, "best here").items():
+        label = chosen(runs, name, OURS).get("changed")
+        if label:
+            rows.append((name, f"`{label}`: ", by_seed_and_class(runs, name, OURS, "changed"), values))
+    return differences("ours, changed", rows) if rows else None
+
+
+def differences(title, rows):
+    """``rows``: task, label, MAP@R of ours, and that of each loss."""
+    lines = [f"| task | best peer | {title} | difference | ratio |", "|---|---|---|---|---|"]
+    for name, label, ours, values in rows:
         peers = {loss: v for loss, v in values.items() if loss in PEERS}
-        if not peers or OURS not in values:
+        if not peers or ours is None:
             continue
         best = max(peers, key=lambda loss: peers[loss].mean())
-        seeds = min(len(values[OURS]), len(peers[best]))
-        ours, peer = values[OURS][:seeds], peers[best][:seeds]
+        seeds = min(len(ours), len(peers[best]))
+        ours, peer = ours[:seeds], peers[best][:seeds]
         low, high = interval(ours - peer)
         difference = f"{ours.mean() - peer.mean():+.1f} ({low:+.1f} to {high:+.1f})"
         ratio = ours.mean() / peer.mean()
-        lines.append(f"| {name} | {best}: {peer.mean():.1f} | {ours.mean():.1f} | {difference} | {ratio:.2f} |")
+        lines.append(f"| {name} | {best}: {peer.mean():.1f} | {label}{ours.mean():.1f} | {difference} | {ratio:.2f} |")
     return "\n".join(lines)
 
 
@@ -99,6 +120,9 @@ def report(runs, out):
         if found:
             parts += [f"**{title[0].upper()}{title[1:]}**", main_table(found), difference_table(found)]
             draw_bars(found, title, out / f"{table.replace(' ', '_')}.png")
+    changed = changed_table(runs)
+    if changed:
+        parts += ["**Our defaults, changed as was best on validation, and each peer at its best**", changed]
     (out / "tables.md").write_text("\n\n".join(parts) + "\n")
     print("\n\n".join(parts))
     draw_sweeps(runs, out)
@@ -133,49 +157,55 @@ def swept(runs, name, loss):
 def draw_sweeps(runs, out):
     names = [name for name in runs if swept(runs, name, OURS)]
     if names:
-        draw_proxies_per_class(runs, [name for name in names if name.endswith("coarse")], out)
+        draw_proxies_per_class(runs, names, out)
         draw_sensitivity(runs, names, out)
 
 
 def curve(values, key, default=None):
     """The values of one hyperparameter, in order, and the mean and the standard deviation of the score at each."""
-    points = {label.split("=")[1]: scores for label, scores in values.items() if label.startswith(f"{key}=")}
+    points = {
+        label.split("=")[1]: scores
+        for label, scores in values.items()
+        if label.startswith(f"{key}=") and " " not in label
+    }
     if default is not None:
         points[str(default)] = values["defaults"]
     numeric = all(point.replace(".", "").isdigit() for point in points)
     order = sorted(points, key=float) if numeric else sorted(points)
-    return order, [np.mean(points[x]) for x in order], [np.std(points[x]) for x in order]
+    return order, np.array([np.mean(points[x]) for x in order]), np.array([np.std(points[x]) for x in order])
 
 
 def draw_proxies_per_class(runs, names, out):
-    figure = Figure(figsize=(4.5 * len(names), 4), layout="constrained")
+    figure = Figure(figsize=(max(3.4 * len(names), 7), 4), layout="constrained")
     for ax, name in zip(np.atleast_1d(figure.subplots(1, len(names))), names, strict=True):
-        for loss in (OURS, "SoftTriple", "SubCenterArcFace"):
-            x, mean, deviation = curve(swept(runs, name, loss), "proxies_per_class")
+        for loss in (OURS, *SEVERAL_PROXIES):
+            x, mean, deviation = curve(swept(runs, name, loss), FAMILIES[loss].several)
             ax.errorbar([int(k) for k in x], mean, deviation, marker="o", capsize=3, label=loss)
         ax.set(title=name, xlabel="proxies per class", ylabel="MAP@R on validation, %", xscale="log")
-        ax.set_xticks([int(k) for k in x], labels=x)
+        ax.set_xticks(COUNTS, labels=COUNTS, fontsize="small")
         ax.minorticks_off()
-    ax.legend()
+    figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=3)
     figure.savefig(out / "proxies_per_class.png", dpi=90)
 
 
 def draw_sensitivity(runs, names, out):
-    keys = {label.split("=")[0] for label in swept(runs, names[0], OURS)} - {"defaults", "proxies_per_class"}
-    defaults = default_values()
-    figure = Figure(figsize=(16, 7), layout="constrained")
-    axes = figure.subplots(2, (len(keys) + 1) // 2).flatten()
-    for ax, key in zip(axes, sorted(keys), strict=False):
+    keys = [key for key in SWEEPS if key != "proxies_per_class"]
+    parameters = inspect.signature(MultiProxyEntropyLoss).parameters
+    defaults = {key: value.default for key, value in parameters.items()}
+    defaults |= {"proxies_lr": DEFAULT_LR, "from_kmeans": False}
+    figure = Figure(figsize=(16, 8), layout="constrained")
+    axes = figure.subplots(3, 4, sharey=True).flatten()
+    for ax, key in zip(axes, keys, strict=False):
         for name in names:
-            x, mean, deviation = curve(swept(runs, name, OURS), key, defaults[key])
-            ax.errorbar(range(len(x)), mean, deviation, marker="o", capsize=3, label=name)
+            values = swept(runs, name, OURS)
+            x, mean, deviation = curve(values, key, defaults[key])
+            of_defaults = np.mean(values["defaults"])
+            ax.errorbar(range(len(x)), mean / of_defaults, deviation / of_defaults, marker="o", capsize=3, label=name)
         ax.set_xticks(range(len(x)), labels=x)
-        ax.set(title=f"{key} (default {defaults[key]})", ylabel="MAP@R on validation, %")
+        ax.set(title=f"{key} (default {defaults[key]})")
+        ax.axhline(1, color="gray", linewidth=0.8)
     for ax in axes[len(keys) :]:
         ax.set_axis_off()
-    axes[0].legend()
+    figure.supylabel("MAP@R on validation, relative to the defaults")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
     figure.savefig(out / "sensitivity.png", dpi=90)
-
-
-def default_values():
-    return {key: value.default for key, value in inspect.signature(MultiProxyEntropyLoss).parameters.items()}

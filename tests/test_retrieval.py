@@ -151,12 +151,28 @@ def test_runs_chooses_resumes_and_reports(main, tmp_path):
 
 
 def test_sweeps_are_drawn(main, monkeypatch, tmp_path):
-    retrieval = importlib.import_module("retrieval")
-    monkeypatch.setattr(retrieval, "SWEEPS", {"proxies_per_class": [1, 10], "scale": [5], "pooling": ["softmax"]})
-    rows = main("--task", "one-coarse", "--losses", "SoftTriple", "--sweep", "--report")
-    swept = {(row["loss"], row["configuration"]) for row in rows if row["phase"] == "sweep"}
-    labels = "defaults", "proxies_per_class=1", "proxies_per_class=10", "scale=5", "pooling=softmax"
-    assert {label for loss, label in swept if loss == "MultiProxyEntropy"} == set(labels)
+    losses = importlib.import_module("retrieval_losses")
+    for values in (losses.SWEEPS, losses.WITH_ONE_PROXY):
+        for key in values:
+            monkeypatch.setitem(values, key, [])
+    monkeypatch.setitem(losses.SWEEPS, "proxies_per_class", [1, 10])
+    monkeypatch.setitem(losses.SWEEPS, "pooling", ["softmax"])
+    monkeypatch.setitem(losses.SWEEPS, "from_kmeans", [True])
+    monkeypatch.setitem(losses.WITH_ONE_PROXY, "scale", [5])
+    main("--task", "one-coarse", "--losses", "MultiProxyEntropy", "SoftTriple", "SubCenterArcFace")
+    rows = main("--task", "one-coarse", "--losses", "MultiProxyEntropy", "--sweep", "--report")
+    swept = {}
+    for row in rows:
+        if row["phase"] == "sweep":
+            swept.setdefault(row["configuration"], []).append(float(row["map_at_r"]))
+    labels = "defaults", "proxies_per_class=1", "proxies_per_class=10", "pooling=softmax", "from_kmeans=True"
+    assert set(swept) == {*labels, "proxies_per_class=1 scale=5"}
+    assert swept["defaults"] == swept["proxies_per_class=10"]
+    assert len({tuple(scores) for scores in swept.values()}) == len(swept) - 1
+    best = max(swept, key=lambda label: sum(swept[label]))
+    tested = {(row["configuration"], row["seed"]) for row in rows if row["phase"] == "test"}
+    assert {(best, "0"), (best, "1")} <= tested
+    assert f"`{best}`: " in (tmp_path / "tables.md").read_text()
     assert (tmp_path / "proxies_per_class.png").exists()
     assert (tmp_path / "sensitivity.png").exists()
 

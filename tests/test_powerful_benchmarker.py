@@ -3,6 +3,7 @@
 import csv
 import importlib
 import os
+import re
 import sqlite3
 import subprocess
 import venv
@@ -11,10 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from dataset_folders import cars196, cub200, stanford_online_products
 
 from pml_multiproxy.losses import STATISTICS
 
-EXAMPLE = Path(__file__).parent.parent / "examples" / "powerful_benchmarker"
+ROOT = Path(__file__).parent.parent
+EXAMPLE = ROOT / "examples" / "powerful_benchmarker"
 OURS = "MultiProxyEntropyLoss_with_miner_and_regularizer"
 EPOCHS, ITERATIONS = 2, 20
 
@@ -29,7 +32,7 @@ def call(tmp_path_factory):
     environment = {**os.environ, "PATH": f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}", "TQDM_DISABLE": "1"}
 
     def call(*command):
-        return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment).stdout
+        return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment, cwd=ROOT).stdout
 
     call("bash", EXAMPLE / "install.sh")
     return call
@@ -125,3 +128,44 @@ def test_searches(call, digits_configs, tmp_path, loss):
     assert len(found) >= 4
     assert all(first[name] != second[name] for name in found)
     assert len(list((tmp_path / "search").glob("report_*.yaml"))) == 2
+
+
+@pytest.mark.parametrize(
+    ("dataset", "generate", "general", "after_loss", "partitions", "classes"),
+    [
+        ("CUB200", cub200, "", "", 4, 75),
+        ("Cars196", cars196, "--config_general [default, with_cars196]", ", $C/with_miner_and_regularizer", 4, 73),
+        # A fourth of its classes would be thousands of images to embed.
+        ("StanfordOnlineProducts", stanford_online_products, "--config_general [default, with_sop]", "", 500, 11294),
+    ],
+)
+def test_runs_on_the_data_sets_of_the_benchmarker(
+    call, tmp_path, dataset, generate, general, after_loss, partitions, classes
+):
+    generate(tmp_path / "datasets")
+    readme = (EXAMPLE / "README.md").read_text()
+    assert general in readme
+    command = re.search(r"```bash\n(C=.*?)\n```", readme, re.DOTALL)[1]
+    command = command.replace("CUB200", dataset).replace("$C/multi_proxy", f"$C/multi_proxy{after_loss}")
+    # No network whose weights would be downloaded, and as short as can be.
+    options = (
+        f"--dataset_root {tmp_path / 'datasets'}",
+        f"--root_experiment_folder {tmp_path / 'experiments'}",
+        "--models {trunk~OVERRIDE~: {shufflenet_v2_x0_5: {}}}",
+        "--trainer {MetricLossOnly: {iterations_per_epoch: 1, dataloader_num_workers: 0}}",
+        "--tester {GlobalEmbeddingSpaceTester: {dataloader_num_workers: 0}}",
+        "--split_manager {ClassDisjointSplitManager:",
+        f"{{num_training_partitions: {partitions}, num_training_sets: 1}} }}",
+        "--num_epochs_train 1 --save_interval 1",
+    )
+    call("bash", "-euc", " ".join((command, general, *options)))
+    (fold,) = (tmp_path / "experiments" / "cub_ours").glob(f"*Partitions{partitions}_0")
+    before, after = load(fold, "metric_loss_best0")["proxies"], load(fold, "metric_loss_1")["proxies"]
+    assert before.shape == (classes, 10, 128)
+    assert (after - before).norm(dim=-1).max() > 0.01
+    group = "accuracies_normalized_GlobalEmbeddingSpaceTester_level_0_VAL_vs_self"
+    *_, (epoch, accuracy) = records(fold, group, ["epoch", "precision_at_1_level0"])
+    assert epoch == 1
+    assert 0.5 < accuracy <= 1
+    # The proxies, which no record keeps, would fill the memory until it is written.
+    assert not list(fold.glob("saved_csvs/*_parameters.csv"))

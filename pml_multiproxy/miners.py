@@ -42,7 +42,7 @@ class MultiProxyMiner(BaseMiner):  # type: ignore[misc]
     loss along, which nobody trains.
 
     Raises:
-        TypeError, ValueError: for an argument of the wrong kind, shape, dtype, device or range; for a loss whose proxies
+        TypeError, ValueError: for an argument of the wrong kind, shape, dtype, device or range, or a loss whose proxies
             are spread over processes.
 
     Example:

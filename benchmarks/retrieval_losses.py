@@ -133,14 +133,25 @@ SWEEPS = {
     "proxies_lr": [0.003, 0.03],
     "from_kmeans": [True],
 }
-WITH_ONE_PROXY = {"scale": [5, 20, 30], "margin": [0.05, 0.1], "inter_weight": [0.0, 0.3], "proxies_lr": [0.003, 0.03]}
+TOGETHER = {
+    "proxies_per_class=1": {
+        "scale": [5, 20, 30],
+        "margin": [0.05, 0.1],
+        "inter_weight": [0.0, 0.3],
+        "proxies_lr": [0.003, 0.03],
+    },
+    "temperature=0.1 intra_weight=0.25 inter_weight=0.0": {"proxies_per_class": [10, 15, 20, 30]},
+}
+"""What to change together: for classes of one cluster, and as in the configuration that is best on average."""
 
 
 def changes():
     """Of our defaults, as labels that :func:`settings` reads."""
     singles = [f"{key}={value}" for key, values in SWEEPS.items() for value in values]
-    pairs = [f"proxies_per_class=1 {key}={value}" for key, values in WITH_ONE_PROXY.items() for value in values]
-    return ["defaults", *singles, *pairs]
+    together = [
+        f"{first} {key}={value}" for first, more in TOGETHER.items() for key, values in more.items() for value in values
+    ]
+    return ["defaults", *singles, *together]
 
 
 def settings(loss, index):

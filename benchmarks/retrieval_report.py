@@ -5,7 +5,7 @@ import inspect
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
-from retrieval_losses import COUNTS, DEFAULT_LR, FAMILIES, REFERENCES, SWEEPS, UNTRAINED, changes
+from retrieval_losses import COUNTS, DEFAULT_LR, FAMILIES, REFERENCES, SWEEPS, UNTRAINED, changes, load
 from retrieval_tasks import TASKS
 
 from pml_multiproxy import MultiProxyEntropyLoss
@@ -27,15 +27,37 @@ def chosen(runs, name, loss):
     here, *others = (runs[task].validated(loss) for task in (name, *(task for task in TASKS if task != name)))
     if here:
         tables["best here"] = int(np.argmax(here))
-    if all(others):  # each counts by how far it is from the best on its task
-        tables["best elsewhere"] = int(
-            np.argmax(np.mean([np.array(scores) / max(scores) for scores in others], axis=0))
-        )
+    if all(others):
+        tables["best elsewhere"] = int(np.argmax(np.mean(relative(others), axis=0)))
     if loss == OURS:
         scores = swept(runs, name, loss)
         if scores.keys() >= set(changes()):
             tables["changed"] = max(changes(), key=lambda label: np.mean(scores[label]))
     return tables
+
+
+def relative(scores):
+    """Of ``(tasks, configurations)``, each task's relative to its best."""
+    return np.array(scores) / np.max(scores, axis=1, keepdims=True)
+
+
+def configurations_table(runs):
+    """Ours on validation, and what the other tasks choose, or None where some are missing."""
+    names = [name for name in TASKS if runs[name].validated(OURS)]
+    if not names:
+        return None
+    scores = [runs[name].validated(OURS) for name in names]
+    means = np.mean(relative(scores), axis=0)
+    keys = [key for key in load()[OURS][0] if key != "proxies_lr"]
+    lines = [f"| | {' | '.join(f'`{key}`' for key in (*keys, 'proxies_lr'))} | {' | '.join(names)} | mean, relative |"]
+    lines.append("|---|" + "---|" * (len(keys) + 2 + len(names)))
+    for i, configuration in enumerate(load()[OURS]):
+        settings = " | ".join(f"{configuration[key]}" for key in (*keys, "proxies_lr"))
+        cells = " | ".join(f"{of_task[i]:.1f}" for of_task in scores)
+        lines.append(f"| {i} | {settings} | {cells} | {means[i]:.2f} |")
+    elsewhere = " | ".join(str(chosen(runs, name, OURS).get("best elsewhere", "")) for name in names)
+    lines.append(f"| chosen by the other tasks |{' |' * (len(keys) + 1)} {elsewhere} | |")
+    return "\n".join(lines)
 
 
 def by_seed_and_class(runs, name, loss, table):
@@ -123,6 +145,9 @@ def report(runs, out):
     changed = changed_table(runs)
     if changed:
         parts += ["**Our defaults, changed as was best on validation, and each peer at its best**", changed]
+    configurations = configurations_table(runs)
+    if configurations:
+        parts += ["**Our loss on the validation parts, by configuration**", configurations]
     (out / "tables.md").write_text("\n\n".join(parts) + "\n")
     print("\n\n".join(parts))
     draw_sweeps(runs, out)

@@ -152,13 +152,12 @@ def test_runs_chooses_resumes_and_reports(main, tmp_path):
 
 def test_sweeps_are_drawn(main, monkeypatch, tmp_path):
     losses = importlib.import_module("retrieval_losses")
-    for values in (losses.SWEEPS, losses.WITH_ONE_PROXY):
-        for key in values:
-            monkeypatch.setitem(values, key, [])
+    for key in losses.SWEEPS:
+        monkeypatch.setitem(losses.SWEEPS, key, [])
     monkeypatch.setitem(losses.SWEEPS, "proxies_per_class", [1, 10])
     monkeypatch.setitem(losses.SWEEPS, "pooling", ["softmax"])
     monkeypatch.setitem(losses.SWEEPS, "from_kmeans", [True])
-    monkeypatch.setitem(losses.WITH_ONE_PROXY, "scale", [5])
+    monkeypatch.setattr(losses, "TOGETHER", {"proxies_per_class=1": {"scale": [5]}})
     main("--task", "one-coarse", "--losses", "MultiProxyEntropy", "SoftTriple", "SubCenterArcFace")
     rows = main("--task", "one-coarse", "--losses", "MultiProxyEntropy", "--sweep", "--report")
     swept = {}

@@ -149,7 +149,7 @@ def plan(runs, name, args):
         for loss in losses:
             yield "validation", loss, index, settings(loss, index), VALIDATION_SEED
     if args.sweep:
-        yield from sweep(name, losses)
+        yield from sweep(name, losses, args.seeds)
     for seed in range(args.seeds):
         yield "test", UNTRAINED, 0, None, seed
         for loss in losses:
@@ -157,9 +157,9 @@ def plan(runs, name, args):
                 yield "test", loss, index, settings(loss, index), seed
 
 
-def sweep(task, losses):
+def sweep(task, losses, seeds):
     peers = SEVERAL_PROXIES if task.endswith("coarse") else ()
-    for seed in SWEEP_SEEDS:
+    for seed in SWEEP_SEEDS[:seeds]:
         for loss in losses:
             if loss == OURS:
                 yield from (("sweep", loss, label, settings(loss, label), seed) for label in changes())
@@ -177,7 +177,7 @@ def main():
     parser.add_argument("--data", metavar="DIR", help="where the files lie that are not part of scikit-learn")
     parser.add_argument("--configs", type=int, default=12, metavar="N", help="how many of each loss; default: all 12")
     parser.add_argument("--seeds", type=int, default=5, metavar="N", help="default: %(default)s")
-    parser.add_argument("--sweep", action="store_true", help="changes of our defaults, too")
+    parser.add_argument("--sweep", action="store_true", help="changes of our defaults, too, on one or two seeds")
     parser.add_argument("--out", type=Path, default=RESULTS, metavar="DIR")
     parser.add_argument("--threads", type=int, default=2, metavar="N", help="default: %(default)s")
     parser.add_argument("--report", action="store_true", help="tables and pictures of what the CSV files hold")

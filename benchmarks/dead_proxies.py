@@ -8,7 +8,7 @@ results/dead_proxies.csv, one row per run, goes on from what it holds, and makes
 """
 
 import torch
-from clinc import SIZE, Data, ResidualHead, make_optimizer, make_parser, map_at_r, publish, run_all, train
+from clinc import SETTINGS, SIZE, Data, ResidualHead, make_optimizer, make_parser, map_at_r, publish, run_all, train
 
 from pml_multiproxy import functional
 from pml_multiproxy.losses import MultiProxyEntropyLoss
@@ -19,7 +19,7 @@ CASES = {
     "150 classes, batch 128, K=10": {"classes": "intent"},
 }
 REMEDIES = {
-    "defaults": {},
+    "no remedy": {},
     "k-means": {"k_means": True},
     "temperature=0.1": {"temperature": 0.1},
     "usage_momentum=0.99": {"usage_momentum": 0.99},
@@ -52,7 +52,7 @@ def main():
 
     def run(seed, classes, settings, proxies_per_class=10, batch_size=128, epochs=10, lr=1e-3, proxies_lr=1e-2):
         labels = data.domain_train if classes == "domain" else data.intent_train
-        settings = dict(settings)
+        settings = SETTINGS | settings
         k_means = settings.pop("k_means", False)
         head = ResidualHead()
         loss_func = MultiProxyEntropyLoss(len(labels.unique()), SIZE, proxies_per_class, **settings)

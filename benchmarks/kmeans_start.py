@@ -3,7 +3,7 @@
 Writes results/kmeans_start.csv, one row per run, goes on from what it holds, and makes results/kmeans_start.md of it.
 """
 
-from clinc import SIZE, Data, ResidualHead, make_optimizer, make_parser, map_at_r, publish, run_all, train
+from clinc import SETTINGS, SIZE, Data, ResidualHead, make_optimizer, make_parser, map_at_r, publish, run_all, train
 
 from pml_multiproxy.losses import MultiProxyEntropyLoss
 
@@ -18,7 +18,7 @@ def main():
     data = Data(args.data)
 
     def run(seed, proxies_per_class, start):
-        head, loss_func = ResidualHead(), MultiProxyEntropyLoss(10, SIZE, proxies_per_class)
+        head, loss_func = ResidualHead(), MultiProxyEntropyLoss(10, SIZE, proxies_per_class, **SETTINGS)
         if start == "k-means":
             loss_func.init_proxies(data.x_train, data.domain_train)
         results = {}

@@ -5,7 +5,7 @@ per run, goes on from what it holds, and makes results/regularizer.md of it.
 """
 
 import torch
-from clinc import SIZE, Data, ResidualHead, make_optimizer, make_parser, map_at_r, publish, run_all, train
+from clinc import SETTINGS, SIZE, Data, ResidualHead, make_optimizer, make_parser, map_at_r, publish, run_all, train
 from pytorch_metric_learning.losses import SoftTripleLoss
 
 from pml_multiproxy.losses import MultiProxyEntropyLoss
@@ -19,7 +19,7 @@ def soft_triple(**kwargs):
 
 
 def multi_proxy_entropy(**kwargs):
-    return MultiProxyEntropyLoss(10, SIZE, K, **kwargs)
+    return MultiProxyEntropyLoss(10, SIZE, K, **SETTINGS, **kwargs)
 
 
 CONFIGURATIONS = {

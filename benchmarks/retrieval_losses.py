@@ -33,6 +33,21 @@ OURS = {
     "intra_weight": [0.25, 0.5, 1.0],
     "inter_weight": [0.0, 0.1, 0.3],
 }
+PROTOTYPE = {
+    "scale": 10,
+    "temperature": 0.05,
+    "pooling": "max",
+    "intra_weight": 0.5,
+    "inter_weight": 0.1,
+    "balance_weight": 0.5,
+    "reseed_below": 0.0,
+    "proxies_per_class": 10,
+    "proxies_lr": 1e-2,
+}
+"""Our defaults until these runs chose one of the draws, which then changed places with them."""
+DEFAULTS = inspect.signature(MultiProxyEntropyLoss).parameters
+PROXIES_PER_CLASS_BY_DEFAULT = DEFAULTS["proxies_per_class"].default
+"""Also for the losses that have no default of their own."""
 BALANCED = {"balance_weight": [0.5, 1.0], "reseed_below": [0.0, 0.1]}
 MULTI_SIMILARITY = {"alpha": [1, 2, 5, 10], "beta": [10, 30, 50, 70], "base": [0.3, 0.5, 0.7]}
 
@@ -71,15 +86,13 @@ def pml(name):
 
 
 FAMILIES = {
-    "MultiProxyEntropy": Family(ours, OURS | BALANCED, "proxies_per_class", {"proxies_per_class": 10}),
-    "MultiProxyEntropy, no balance": Family(
-        ours, OURS, "proxies_per_class", {"proxies_per_class": 10, "balance_weight": 0.0}
-    ),
+    "MultiProxyEntropy": Family(ours, OURS | BALANCED, "proxies_per_class"),
+    "MultiProxyEntropy, no balance": Family(ours, OURS, "proxies_per_class", {"balance_weight": 0.0}),
     "SoftTriple": Family(
         pml("SoftTripleLoss"),
         {"la": [5, 10, 20, 40], "gamma": [0.05, 0.1, 0.2], "margin": [0.0, 0.01, 0.05]},
         "centers_per_class",
-        {"centers_per_class": 10},
+        {"centers_per_class": PROXIES_PER_CLASS_BY_DEFAULT},
     ),
     "SubCenterArcFace": Family(
         pml("SubCenterArcFaceLoss"),
@@ -97,10 +110,13 @@ FAMILIES = {
         with_pairs,
         OURS | BALANCED | MULTI_SIMILARITY | {"pair_weight": [0.03, 0.1, 0.3, 1.0]},
         "proxies_per_class",
-        {"proxies_per_class": 10, "pair_weight": 0.1, "alpha": 2, "beta": 50, "base": 0.5},
+        {"pair_weight": 0.1, "alpha": 2, "beta": 50, "base": 0.5},
     ),
     "k-means, NormalizedSoftmax": Family(
-        pml("NormalizedSoftmaxLoss"), {"temperature": [0.02, 0.05, 0.1, 0.2, 0.5]}, "clusters", {"clusters": 10}
+        pml("NormalizedSoftmaxLoss"),
+        {"temperature": [0.02, 0.05, 0.1, 0.2, 0.5]},
+        "clusters",
+        {"clusters": PROXIES_PER_CLASS_BY_DEFAULT},
     ),
 }
 UNTRAINED = "no training"
@@ -113,19 +129,21 @@ def draw(name, family):
     drawn = several | {key: shuffled(values, f"{name} {key}") for key, values in (family.choices | PROXIES_LR).items()}
     first = {"proxies_lr": DEFAULT_LR, **(family.defaults or {})}
     if name.startswith("MultiProxyEntropy"):  # written down, so that new defaults do not pass for what was measured
-        parameters = inspect.signature(MultiProxyEntropyLoss).parameters
-        first = {key: parameters[key].default for key in OURS | BALANCED} | first
-    return [first] + [first | {key: values[i] for key, values in drawn.items()} for i in range(DRAWS)]
+        first = {key: DEFAULTS[key].default for key in (*OURS, *BALANCED, "proxies_per_class")} | first
+    configurations = [first] + [first | {key: values[i] for key, values in drawn.items()} for i in range(DRAWS)]
+    if name == "MultiProxyEntropy":
+        configurations[configurations.index(first, 1)] = PROTOTYPE
+    return configurations
 
 
 COUNTS = [1, 2, 5, 10, 15, 20, 30, 50]
 SWEEPS = {
     "proxies_per_class": COUNTS,
     "scale": [5, 20, 30],
-    "temperature": [0.02, 0.1, 0.2],
+    "temperature": [0.02, 0.05, 0.2],
     "margin": [0.05, 0.1],
-    "intra_weight": [0.0, 0.25, 1.0],
-    "inter_weight": [0.0, 0.3, 1.0],
+    "intra_weight": [0.0, 0.5, 1.0],
+    "inter_weight": [0.1, 0.3, 1.0],
     "balance_weight": [0.0, 0.25, 1.0],
     "usage_momentum": [0.5, 0.95, 0.99],
     "pooling": ["softmax", "logsumexp"],
@@ -137,12 +155,12 @@ TOGETHER = {
     "proxies_per_class=1": {
         "scale": [5, 20, 30],
         "margin": [0.05, 0.1],
-        "inter_weight": [0.0, 0.3],
+        "inter_weight": [0.1, 0.3],
         "proxies_lr": [0.003, 0.03],
     },
-    "temperature=0.1 intra_weight=0.25 inter_weight=0.0": {"proxies_per_class": [10, 15, 20, 30]},
+    "temperature=0.05 intra_weight=0.5 inter_weight=0.1": {"proxies_per_class": [10, 20, 30]},
 }
-"""What to change together: for classes of one cluster, and as in the configuration that is best on average."""
+"""What to change together: for classes of one cluster, and as in the prototype."""
 
 
 def changes():

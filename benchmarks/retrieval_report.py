@@ -1,14 +1,10 @@
 """The tables and pictures of retrieval.py, made of its CSV files alone."""
 
-import inspect
-
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
-from retrieval_losses import COUNTS, DEFAULT_LR, FAMILIES, REFERENCES, SWEEPS, UNTRAINED, changes, load
+from retrieval_losses import COUNTS, DEFAULT_LR, DEFAULTS, FAMILIES, REFERENCES, SWEEPS, UNTRAINED, changes, load
 from retrieval_tasks import TASKS
-
-from pml_multiproxy import MultiProxyEntropyLoss
 
 OURS = "MultiProxyEntropy"
 PEERS = [name for name in FAMILIES if name not in REFERENCES and not name.startswith(OURS)]
@@ -215,8 +211,7 @@ def draw_proxies_per_class(runs, names, out):
 
 def draw_sensitivity(runs, names, out):
     keys = [key for key in SWEEPS if key != "proxies_per_class"]
-    parameters = inspect.signature(MultiProxyEntropyLoss).parameters
-    defaults = {key: value.default for key, value in parameters.items()}
+    defaults = {key: value.default for key, value in DEFAULTS.items()}
     defaults |= {"proxies_lr": DEFAULT_LR, "from_kmeans": False}
     figure = Figure(figsize=(16, 8), layout="constrained")
     axes = figure.subplots(3, 4, sharey=True).flatten()

@@ -35,7 +35,7 @@ from tqdm import tqdm
 from pml_multiproxy.losses import MultiProxyEntropyLoss
 from pml_multiproxy.visualize import plot_class
 
-PROXIES_PER_CLASS = 10  # the default of MultiProxyEntropyLoss; there are five digits in each class
+PROXIES_PER_CLASS = 10  # rather more than the five digits in each class
 METRICS = {"precision_at_1": "Precision@1", "r_precision": "R-Precision", "mean_average_precision_at_r": "MAP@R"}
 LOSSES = {
     "SoftTripleLoss": lambda: losses.SoftTripleLoss(2, EMBEDDING_SIZE, centers_per_class=PROXIES_PER_CLASS),
@@ -43,7 +43,7 @@ LOSSES = {
         num_classes=2, embedding_size=EMBEDDING_SIZE, sub_centers=PROXIES_PER_CLASS
     ),
     "ProxyAnchorLoss": lambda: losses.ProxyAnchorLoss(2, EMBEDDING_SIZE),
-    "MultiProxyEntropyLoss": lambda: MultiProxyEntropyLoss(2, EMBEDDING_SIZE, collect_stats=True),
+    "MultiProxyEntropyLoss": lambda: MultiProxyEntropyLoss(2, EMBEDDING_SIZE, PROXIES_PER_CLASS, collect_stats=True),
 }
 
 

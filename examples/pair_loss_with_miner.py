@@ -22,7 +22,7 @@ def pair_loss_alone():
 
 
 def proxy_loss_alone():
-    return MultiProxyEntropyLoss(2, EMBEDDING_SIZE)
+    return MultiProxyEntropyLoss(2, EMBEDDING_SIZE, proxies_per_class=10)
 
 
 def both_with_all_pairs():

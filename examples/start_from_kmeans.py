@@ -17,7 +17,7 @@ from pml_multiproxy.losses import MultiProxyEntropyLoss
 def train(start, seed, epochs, bar):
     """MAP@R after each epoch."""
     torch.manual_seed(seed)
-    network, loss_func = nn.Sequential(*make_models().values()), MultiProxyEntropyLoss(2, EMBEDDING_SIZE)
+    network, loss_func = nn.Sequential(*make_models().values()), MultiProxyEntropyLoss(2, EMBEDDING_SIZE, 10)
     if start == "k-means":
         images, labels = load_data()[0].tensors
         with torch.no_grad():

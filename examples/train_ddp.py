@@ -26,7 +26,7 @@ class Model(nn.Module):
     def __init__(self):
         super().__init__()
         self.network = nn.Sequential(*make_models().values())
-        self.loss_func = MultiProxyEntropyLoss(2, EMBEDDING_SIZE, usage_group=distributed.group.WORLD)
+        self.loss_func = MultiProxyEntropyLoss(2, EMBEDDING_SIZE, 10, usage_group=distributed.group.WORLD)
 
     def forward(self, images, labels):
         return self.loss_func(self.network(images), labels)

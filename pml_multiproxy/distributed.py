@@ -96,7 +96,7 @@ class ShardedMultiProxyEntropyLoss(MultiProxyEntropyLoss):
         self,
         num_classes: int,
         embedding_size: int,
-        proxies_per_class: int = 10,
+        proxies_per_class: int = 30,
         *,
         process_group: distributed.ProcessGroup | None = None,
         **kwargs: Any,

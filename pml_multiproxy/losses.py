@@ -87,6 +87,11 @@ class MultiProxyEntropyLoss(WeightRegularizerMixin, BaseMetricLossFunction):  # 
     class, by lot, and gets an even share. Parameters change in place, so call ``backward`` before the next call. A
     frozen parameter (``requires_grad=False``) stays.
 
+    **Defaults.** They are the same for all tasks: of twelve configurations, the one with the highest mean of MAP@R over
+    five tasks, each relative to the best configuration on that task, on validation data (benchmarks/retrieval.py). With
+    any one of the tasks left out, the others choose it, too, but for one, CLINC150 with coarse labels, on which it gains
+    most. Thirty proxies are many: where classes are one cluster, take one or few.
+
     Sources. Intra- and inter-class entropy: Yu, Zhang, Li, Zhang, *Multi-Proxy Learning from an Entropy Optimization
     Perspective*, IJCAI 2022, pp. 1594-1600, doi:10.24963/ijcai.2022/222. Only its abstract and the caption of its
     Figure 1 were available to us: the equations are our reading of them, not a copy, and ``balance_weight=0`` is our
@@ -168,14 +173,14 @@ class MultiProxyEntropyLoss(WeightRegularizerMixin, BaseMetricLossFunction):  # 
         self,
         num_classes: int,
         embedding_size: int,
-        proxies_per_class: int = 10,
+        proxies_per_class: int = 30,
         *,
         scale: float = 10.0,
         margin: float = 0.0,
         pooling: str = "max",
-        temperature: float = 0.05,
-        intra_weight: float = 0.5,
-        inter_weight: float = 0.1,
+        temperature: float = 0.1,
+        intra_weight: float = 0.25,
+        inter_weight: float = 0.0,
         balance_weight: float = 0.5,
         usage_momentum: float = 0.9,
         usage_group: "distributed.ProcessGroup | None" = None,

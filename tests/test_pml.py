@@ -133,11 +133,12 @@ def test_hooks_write_the_statistics(tmp_path):
 
 
 def test_statistics_are_means_of_the_terms(batch):
-    loss_func = MultiProxyEntropyLoss(3, 8, 4, collect_stats=True)
+    weights = {"intra_weight": 0.3, "inter_weight": 0.1, "balance_weight": 0.5}
+    loss_func = MultiProxyEntropyLoss(3, 8, 4, collect_stats=True, **weights)
     loss = loss_func(*batch).item()
     composed = (
         loss_func.classification_loss
-        + 0.5 * loss_func.intra_class_entropy
+        + 0.3 * loss_func.intra_class_entropy
         + 0.1 * (torch.tensor(3).log().item() - loss_func.inter_class_entropy)
         + 0.5 * loss_func.balance
     )
@@ -419,4 +420,4 @@ assert regularizers.ProxyEntropyRegularizer is pml_multiproxy.regularizers.Proxy
 def test_public_names():
     assert pml_multiproxy.MultiProxyEntropyLoss is pml_multiproxy.losses.MultiProxyEntropyLoss
     positional, by_name = MultiProxyEntropyLoss(3, 8), MultiProxyEntropyLoss(num_classes=3, embedding_size=8)
-    assert positional.proxies.shape == by_name.proxies.shape == (3, 10, 8)
+    assert positional.proxies.shape == by_name.proxies.shape == (3, 30, 8)

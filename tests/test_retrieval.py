@@ -56,8 +56,10 @@ def test_configurations_are_those_that_were_drawn(modules):
     drawn = {name: losses.draw(name, family) for name, family in losses.FAMILIES.items()}
     assert json.loads(json.dumps(drawn)) == losses.load()
     assert {len(configurations) for configurations in drawn.values()} == {12}
-    counts = {tuple(c[f.several] for c in drawn[name][1:]) for name, f in losses.FAMILIES.items() if f.several}
-    assert len(counts) == 1
+    # One draw of ours became its defaults, and stands first.
+    several = {name: [c[f.several] for c in drawn[name]] for name, f in losses.FAMILIES.items() if f.several}
+    several["MultiProxyEntropy"][9], several["MultiProxyEntropy"][0] = several["MultiProxyEntropy"][0], None
+    assert len({tuple(counts[1:]) for counts in several.values()}) == 1
 
 
 def test_every_configuration_is_a_loss(modules):
@@ -154,7 +156,7 @@ def test_sweeps_are_drawn(main, monkeypatch, tmp_path):
     losses = importlib.import_module("retrieval_losses")
     for key in losses.SWEEPS:
         monkeypatch.setitem(losses.SWEEPS, key, [])
-    monkeypatch.setitem(losses.SWEEPS, "proxies_per_class", [1, 10])
+    monkeypatch.setitem(losses.SWEEPS, "proxies_per_class", [1, 30])
     monkeypatch.setitem(losses.SWEEPS, "pooling", ["softmax"])
     monkeypatch.setitem(losses.SWEEPS, "from_kmeans", [True])
     monkeypatch.setattr(losses, "TOGETHER", {"proxies_per_class=1": {"scale": [5]}})
@@ -164,9 +166,9 @@ def test_sweeps_are_drawn(main, monkeypatch, tmp_path):
     for row in rows:
         if row["phase"] == "sweep":
             swept.setdefault(row["configuration"], []).append(float(row["map_at_r"]))
-    labels = "defaults", "proxies_per_class=1", "proxies_per_class=10", "pooling=softmax", "from_kmeans=True"
+    labels = "defaults", "proxies_per_class=1", "proxies_per_class=30", "pooling=softmax", "from_kmeans=True"
     assert set(swept) == {*labels, "proxies_per_class=1 scale=5"}
-    assert swept["defaults"] == swept["proxies_per_class=10"]
+    assert swept["defaults"] == swept["proxies_per_class=30"]
     assert len({tuple(scores) for scores in swept.values()}) == len(swept) - 1
     best = max(swept, key=lambda label: sum(swept[label]))
     tested = {(row["configuration"], row["seed"]) for row in rows if row["phase"] == "test"}

@@ -134,9 +134,9 @@ def test_differentiating_twice_is_refused(per_chunk, batch):
 @pytest.mark.parametrize("per_chunk", [1, 2, 3])
 def test_autocast(per_chunk, distance, dtype, pooling, batch):
     """The products are rounded, in backward as in forward: also where backward computes them again."""
-    loss_func = MultiProxyEntropyLoss(
-        3, 8, 4, distance=DISTANCES[distance](), scale=2, pooling=pooling, classes_per_chunk=per_chunk
-    )
+    weights = {"intra_weight": 0.5, "inter_weight": 0.1, "balance_weight": 0.5}
+    settings = {"distance": DISTANCES[distance](), "scale": 2, "temperature": 0.05, "pooling": pooling, **weights}
+    loss_func = MultiProxyEntropyLoss(3, 8, 4, classes_per_chunk=per_chunk, **settings)
     loss_func.eval()
     loss_func.proxies.data *= 0.5 + torch.rand(3, 4, 1)
     expected = step(plain(loss_func), *batch, autocast=dtype)

@@ -98,6 +98,7 @@ def test_gradcheck(distance, pooling):
         margin=0.1,
         scale=3,
         temperature=0.3,
+        inter_weight=0.4,
         distance=DISTANCES[distance](),
         classes_per_chunk=2,
     )

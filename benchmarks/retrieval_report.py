@@ -176,7 +176,7 @@ def swept(runs, name, loss):
 
 
 def draw_sweeps(runs, out):
-    names = [name for name in runs if swept(runs, name, OURS)]
+    names = [name for name in runs if swept(runs, name, OURS).keys() >= set(changes())]
     if names:
         draw_proxies_per_class(runs, names, out)
         draw_sensitivity(runs, names, out)

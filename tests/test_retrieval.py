@@ -160,7 +160,7 @@ def test_sweeps_are_drawn(main, monkeypatch, tmp_path):
     monkeypatch.setitem(losses.SWEEPS, "pooling", ["softmax"])
     monkeypatch.setitem(losses.SWEEPS, "from_kmeans", [True])
     monkeypatch.setattr(losses, "TOGETHER", {"proxies_per_class=1": {"scale": [5]}})
-    main("--task", "one-coarse", "--losses", "MultiProxyEntropy", "SoftTriple", "SubCenterArcFace")
+    main("--task", "one-coarse", "--losses", "MultiProxyEntropy", "SoftTriple")
     rows = main("--task", "one-coarse", "--losses", "MultiProxyEntropy", "--sweep", "--report")
     swept = {}
     for row in rows:

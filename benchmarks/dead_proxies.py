@@ -8,10 +8,19 @@ results/dead_proxies.csv, one row per run, goes on from what it holds, and makes
 """
 
 import torch
-from clinc import SETTINGS, SIZE, Data, ResidualHead, make_optimizer, make_parser, map_at_r, publish, run_all, train
+from clinc import (
+    Data,
+    ResidualHead,
+    make_optimizer,
+    make_parser,
+    map_at_r,
+    multi_proxy_entropy,
+    publish,
+    run_all,
+    train,
+)
 
 from pml_multiproxy import functional
-from pml_multiproxy.losses import MultiProxyEntropyLoss
 
 CASES = {
     "10 classes, batch 16, K=10": {"classes": "domain", "batch_size": 16, "epochs": 3, "lr": 3e-4, "proxies_lr": 3e-3},
@@ -52,10 +61,10 @@ def main():
 
     def run(seed, classes, settings, proxies_per_class=10, batch_size=128, epochs=10, lr=1e-3, proxies_lr=1e-2):
         labels = data.domain_train if classes == "domain" else data.intent_train
-        settings = SETTINGS | settings
+        settings = dict(settings)
         k_means = settings.pop("k_means", False)
         head = ResidualHead()
-        loss_func = MultiProxyEntropyLoss(len(labels.unique()), SIZE, proxies_per_class, **settings)
+        loss_func = multi_proxy_entropy(len(labels.unique()), proxies_per_class, **settings)
         if k_means:
             loss_func.init_proxies(data.x_train, labels)
         optimizer = make_optimizer(head, loss_func, lr, proxies_lr)

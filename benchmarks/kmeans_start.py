@@ -3,9 +3,17 @@
 Writes results/kmeans_start.csv, one row per run, goes on from what it holds, and makes results/kmeans_start.md of it.
 """
 
-from clinc import SETTINGS, SIZE, Data, ResidualHead, make_optimizer, make_parser, map_at_r, publish, run_all, train
-
-from pml_multiproxy.losses import MultiProxyEntropyLoss
+from clinc import (
+    Data,
+    ResidualHead,
+    make_optimizer,
+    make_parser,
+    map_at_r,
+    multi_proxy_entropy,
+    publish,
+    run_all,
+    train,
+)
 
 EPOCHS = (1, 2, 5, 10, 20)
 CONFIGURATIONS = {
@@ -18,7 +26,7 @@ def main():
     data = Data(args.data)
 
     def run(seed, proxies_per_class, start):
-        head, loss_func = ResidualHead(), MultiProxyEntropyLoss(10, SIZE, proxies_per_class, **SETTINGS)
+        head, loss_func = ResidualHead(), multi_proxy_entropy(10, proxies_per_class)
         if start == "k-means":
             loss_func.init_proxies(data.x_train, data.domain_train)
         results = {}

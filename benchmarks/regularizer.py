@@ -5,10 +5,20 @@ per run, goes on from what it holds, and makes results/regularizer.md of it.
 """
 
 import torch
-from clinc import SETTINGS, SIZE, Data, ResidualHead, make_optimizer, make_parser, map_at_r, publish, run_all, train
+from clinc import (
+    SIZE,
+    Data,
+    ResidualHead,
+    make_optimizer,
+    make_parser,
+    map_at_r,
+    multi_proxy_entropy,
+    publish,
+    run_all,
+    train,
+)
 from pytorch_metric_learning.losses import SoftTripleLoss
 
-from pml_multiproxy.losses import MultiProxyEntropyLoss
 from pml_multiproxy.regularizers import ProxyEntropyRegularizer
 
 K = 10
@@ -18,8 +28,8 @@ def soft_triple(**kwargs):
     return SoftTripleLoss(10, SIZE, centers_per_class=K, **kwargs)
 
 
-def multi_proxy_entropy(**kwargs):
-    return MultiProxyEntropyLoss(10, SIZE, K, **SETTINGS, **kwargs)
+def ours(**kwargs):
+    return multi_proxy_entropy(10, K, **kwargs)
 
 
 CONFIGURATIONS = {
@@ -27,7 +37,7 @@ CONFIGURATIONS = {
         "make_loss": make_loss,
         "weight": weight,
     }
-    for name, make_loss in (("SoftTriple", soft_triple), ("MultiProxyEntropy", multi_proxy_entropy))
+    for name, make_loss in (("SoftTriple", soft_triple), ("MultiProxyEntropy", ours))
     for weight in (0, 0.1, 1)
 }
 

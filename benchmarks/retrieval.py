@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from pytorch_metric_learning.samplers import MPerClassSampler
 from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
-from retrieval_losses import COUNTS, FAMILIES, UNTRAINED, changes, cluster, load, settings
+from retrieval_losses import COUNTS, FAMILIES, UNTRAINED, changes, cluster, load, settings_of
 from retrieval_report import OURS, SEVERAL_PROXIES, chosen, report
 from retrieval_tasks import IMAGE_TASKS, TASKS
 from torch import nn
@@ -147,14 +147,14 @@ def plan(runs, name, args):
     losses = [loss for loss in args.losses if name in TASKS or FAMILIES[loss].several != "clusters"]
     for index in range(args.configs):
         for loss in losses:
-            yield "validation", loss, index, settings(loss, index), VALIDATION_SEED
+            yield "validation", loss, index, settings_of(loss, index), VALIDATION_SEED
     if args.sweep:
         yield from sweep(name, losses, args.seeds)
     for seed in range(args.seeds):
         yield "test", UNTRAINED, 0, None, seed
         for loss in losses:
             for index in dict.fromkeys(chosen(runs, name, loss).values()):
-                yield "test", loss, index, settings(loss, index), seed
+                yield "test", loss, index, settings_of(loss, index), seed
 
 
 def sweep(task, losses, seeds):
@@ -162,11 +162,11 @@ def sweep(task, losses, seeds):
     for seed in SWEEP_SEEDS[:seeds]:
         for loss in losses:
             if loss == OURS:
-                yield from (("sweep", loss, label, settings(loss, label), seed) for label in changes())
+                yield from (("sweep", loss, label, settings_of(loss, label), seed) for label in changes())
             elif loss in peers:
                 for count in COUNTS:
                     label = f"{FAMILIES[loss].several}={count}"
-                    yield "sweep", loss, label, settings(loss, label), seed
+                    yield "sweep", loss, label, settings_of(loss, label), seed
 
 
 def main():

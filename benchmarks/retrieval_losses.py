@@ -164,7 +164,7 @@ TOGETHER = {
 
 
 def changes():
-    """Of our defaults, as labels that :func:`settings` reads."""
+    """Of our defaults, as labels that :func:`settings_of` reads."""
     singles = [f"{key}={value}" for key, values in SWEEPS.items() for value in values]
     together = [
         f"{first} {key}={value}" for first, more in TOGETHER.items() for key, values in more.items() for value in values
@@ -172,7 +172,7 @@ def changes():
     return ["defaults", *singles, *together]
 
 
-def settings(loss, index):
+def settings_of(loss, index):
     """The configuration of this number, or the first with these changes."""
     if isinstance(index, int):
         return load()[loss][index]

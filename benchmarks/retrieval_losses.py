@@ -151,6 +151,12 @@ SWEEPS = {
     "proxies_lr": [0.003, 0.03],
     "from_kmeans": [True],
 }
+NO_BALANCE = {
+    "proxies_per_class": [10, 20],
+    "pooling": ["softmax", "logsumexp"],
+    "intra_weight": [0.0, 1.0],
+    "proxies_lr": [0.01, 0.03],
+}
 TOGETHER = {
     "proxies_per_class=1": {
         "scale": [5, 20, 30],
@@ -158,9 +164,12 @@ TOGETHER = {
         "inter_weight": [0.1, 0.3],
         "proxies_lr": [0.003, 0.03],
     },
+    "balance_weight=0.0 scale=5": NO_BALANCE,
+    "balance_weight=0.0 scale=20": NO_BALANCE,
     "temperature=0.05 intra_weight=0.5 inter_weight=0.1": {"proxies_per_class": [10, 20, 30]},
 }
-"""What to change together: for classes of one cluster, and as in the prototype."""
+"""What to change together: for classes of one cluster; for classes that are not those of training; and as in the
+prototype."""
 
 
 def changes():

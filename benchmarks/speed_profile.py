@@ -1,19 +1,49 @@
-"""What a step at the shape "small" of speed.py spends its time on: by the profiler of PyTorch, mean over many steps.
+"""What a step at the shape "small" of speed.py spends its time on.
 
-The profiler itself takes time, with every operation; so its shares say more than its milliseconds. Operations are large
-if they read as many numbers as there are similarities. Writes results/speed_profile.md.
+First, beside the floor and our loss, a loss that computes nothing: what PML and autograd take around any. Medians of
+steps that take turns. Then by the profiler of PyTorch, mean over many steps. The profiler itself takes time, with every
+operation; so its shares say more than its milliseconds. Operations are large if they read as many numbers as there are
+similarities. Writes results/speed_profile.md.
 """
 
 from collections import defaultdict
 from math import prod
 from time import perf_counter
 
+import numpy as np
+import speed
 import torch
+from pytorch_metric_learning.losses import BaseMetricLossFunction
+from pytorch_metric_learning.utils import common_functions as c_f
 from speed import MACHINE, RESULTS, SHAPES, Run
 
 STEPS = 300
+NOTHING = "a loss of PML that computes nothing"
 PRODUCTS = ("aten::mm", "aten::addmm_")
 GROUPS = "the three matrix products", "other large operations", "small operations", "Python, autograd, PML"
+
+
+class Unset(torch.autograd.Function):
+    """Whatever the memory holds, and as its gradient, too."""
+
+    @staticmethod
+    def forward(ctx, embeddings, proxies):
+        ctx.save_for_backward(embeddings, proxies)
+        return embeddings.new_empty(len(embeddings))
+
+    @staticmethod
+    def backward(ctx, _):
+        return tuple(torch.empty_like(tensor) for tensor in ctx.saved_tensors)
+
+
+class Nothing(BaseMetricLossFunction):
+    def __init__(self, shape):
+        super().__init__()
+        self.proxies = torch.nn.Parameter(torch.randn(shape.C, shape.K, shape.D))
+
+    def compute_loss(self, embeddings, labels, *_):
+        losses, indices = Unset.apply(embeddings, self.proxies), c_f.torch_arange_from_size(embeddings)
+        return {"loss": {"losses": losses, "indices": indices, "reduction_type": "element"}}
 
 
 def group(event, shape):
@@ -23,12 +53,25 @@ def group(event, shape):
     return GROUPS[1] if largest >= shape.B * shape.C * shape.K else GROUPS[2]
 
 
+def around(shape):
+    """The table of what a step takes, and our part of it, ready to take more."""
+    speed.ROWS[NOTHING] = Nothing
+    names, order = ("floor", NOTHING, "ours, dense"), np.random.default_rng(0)
+    runs = {name: Run(name, shape, ("cpu", "float32")) for name in names}
+    steps = [{name: runs[name].step() for name in order.permutation(names)} for _ in range(2 * STEPS)][STEPS:]
+    seconds = np.array([[step[name] for name in names] for step in steps])
+    medians = 1e3 * np.median(seconds, axis=0)
+    ratios = np.median(seconds[:, :, 2] / seconds[:, :1, 2], axis=0)
+    lines = ["| | forward ms | backward ms | both ms | ratio to floor |", "|---|---:|---:|---:|---:|"]
+    for name, values, ratio in zip(names, medians, ratios, strict=True):
+        lines.append(f"| {name} | {' | '.join(f'{value:.2f}' for value in values)} | {ratio:.2f} |")
+    return lines, runs["ours, dense"]
+
+
 def main():
     torch.set_num_threads(2)
     shape = SHAPES["small"]
-    run = Run("ours, dense", shape, ("cpu", "float32"))
-    for _ in range(STEPS):
-        run.step()
+    table, run = around(shape)
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, record_shapes=True) as profile:
         start = perf_counter()
@@ -41,7 +84,7 @@ def main():
             calls[group(event, shape)] += event.count
             microseconds[group(event, shape)] += event.self_cpu_time_total
     microseconds[GROUPS[3]] = wall - sum(microseconds.values())
-    lines = [f"**small**, under the profiler, {MACHINE}, torch {torch.__version__}:", ""]
+    lines = [f"**small**, {MACHINE}, torch {torch.__version__}:", "", *table, "", "Under the profiler:", ""]
     lines += ["| | calls per step | ms per step | share |", "|---|---:|---:|---:|"]
     for name in GROUPS:
         count = f"{calls[name] / STEPS:.0f}" if name in calls else ""

@@ -5,6 +5,7 @@ Similarities are ``(C, K, B)``, the batch last, and are overwritten. From them c
 similarities, ``(C, K, B)``, called once. With ``compact``, it holds as little as it can until then.
 """
 
+import math
 from collections.abc import Callable
 from typing import Protocol
 
@@ -43,18 +44,20 @@ class Softmax:
         self.pooled = (self.weights * similarities).sum(dim=1)
 
     def differentiate(self, compact: bool) -> Unpool:
-        derivative = self.similarities.sub_(self.pooled.unsqueeze(1)).div_(self.temperature).add_(1).mul_(self.weights)
-        return lambda gradient: derivative.mul_(gradient.unsqueeze(1))
+        # softmax * (1 + (similarity - pooled) / temperature), without the division
+        derivative = self.similarities.sub_((self.pooled - self.temperature).unsqueeze(1)).mul_(self.weights)
+        return lambda gradient: derivative.mul_(gradient.div_(self.temperature).unsqueeze(1))
 
 
 class LogSumExp:
     def __init__(self, similarities: Tensor, scale: float, temperature: float) -> None:
-        self.similarities, self.scale = similarities, scale
-        self.pooled = torch.logsumexp(scale * similarities, dim=1) / scale
+        largest = similarities.amax(dim=1)
+        self.powers = similarities.sub_(largest.unsqueeze(1)).mul_(scale / math.log(2)).exp2_()
+        self.total = self.powers.sum(dim=1)
+        self.pooled = torch.add(largest, self.total.log(), alpha=1 / scale)
 
     def differentiate(self, compact: bool) -> Unpool:
-        derivative = self.similarities.sub_(self.pooled.unsqueeze(1)).mul_(self.scale).exp_()
-        return lambda gradient: derivative.mul_(gradient.unsqueeze(1))
+        return lambda gradient: self.powers.mul_(gradient.div_(self.total).unsqueeze(1))
 
 
 POOLINGS: dict[str, type[Pooling]] = {"max": Max, "softmax": Softmax, "logsumexp": LogSumExp}

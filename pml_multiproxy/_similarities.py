@@ -37,13 +37,13 @@ class CosineProducts:
     """
 
     def __init__(self, embeddings: Tensor, lengths: Tensor) -> None:
-        """``lengths`` of all proxies, ``(C * K,)``; the dtype is theirs."""
+        """``lengths`` of all proxies, ``(C * K, 1)``; the dtype is theirs."""
         self.embeddings = embeddings.detach()
         self.queries = functional.normalize(self.embeddings, lengths.dtype)
-        self.inverse = lengths.clamp_min(EPS).reciprocal().unsqueeze(1)
+        self.inverse = lengths.clamp_min(EPS).reciprocal()
         # Shorter ones are divided by a constant, so that their length counts.
+        self.projection = self.inverse.square().mul_(lengths > EPS)
         self.scratch: Tensor | None = None
-        self.projection = torch.where(lengths > EPS, lengths**-2, 0).unsqueeze(1)
 
     def __call__(self, proxies: Tensor, rows: slice) -> Tensor:
         return torch.mm(proxies, self.queries.T).mul_(self.inverse[rows])
@@ -62,7 +62,7 @@ class CosineProducts:
     def of_embeddings(self, of_queries: Tensor) -> Tensor:
         shortest = functional.shortest(self.embeddings.dtype)
         length = (self.embeddings * self.queries).sum(dim=1, keepdim=True)
-        along = torch.where(length > shortest, (of_queries * self.queries).sum(dim=1, keepdim=True), 0)
+        along = (of_queries * self.queries).sum(dim=1, keepdim=True).mul_(length > shortest)
         return of_queries.addcmul_(self.queries, along, value=-1).div_(length.clamp_min(shortest))
 
 

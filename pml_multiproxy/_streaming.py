@@ -105,42 +105,44 @@ def loss_and_terms(
 class _Loss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, embeddings: Tensor, proxies: Tensor, labels: Tensor, settings: Settings) -> Any:
-        over_classes, kept = ClassSoftmax(), []
+        over_classes, kept = ClassSoftmax(settings.scale), []
         several = settings.plan.classes_per_chunk < len(proxies)  # a single chunk may still be in the cache
-        own, own_pooled = proxies.new_zeros(len(labels), proxies.shape[1]), proxies.new_zeros(len(labels))
+        own, own_pooled = proxies.new_zeros(proxies.shape[1], len(labels)), proxies.new_zeros(len(labels))
         for chunk in _chunks(proxies, labels, settings):
             similarities = chunk.similarities()
             own = chunk.own.get(similarities, own)
             pooling = settings.pool(similarities)
             own_pooled = chunk.own.get(pooling.pooled, own_pooled)
-            over_classes.add(settings.scale * pooling.pooled, chunk.own)
+            over_classes.add(pooling.pooled, chunk.own)
             if settings.plan.keep:
                 kept.append((chunk, pooling.pooled, pooling.differentiate(compact=several)))
         within_class = _WithinClass(own, settings)
         others = over_classes.others or sums_of_none(own_pooled)
         state = settings.complete(State(others, own_pooled, within_class.intra, within_class.balance))
-        over_classes.close(state.others, settings.scale * state.own_pooled, settings.scale * settings.margin)
+        over_classes.close(state.others, state.own_pooled, settings.margin)
         terms = functional.Terms(over_classes.classification, state.intra, over_classes.entropy, state.balance)
         ctx.save_for_backward(proxies, labels)
         ctx.settings, ctx.kept, ctx.over_classes, ctx.within_class = settings, kept, over_classes, within_class
         ctx.mark_non_differentiable(*terms)
+        ctx.set_materialize_grads(False)  # of the terms
         loss = functional.sample_loss(terms, settings.weights, settings.num_classes, proxies.shape[1])
         return loss, *terms
 
     @staticmethod
-    def backward(ctx: Any, of_loss: Tensor, *_: Any) -> Any:
+    def backward(ctx: Any, of_loss: Tensor | None, *_: Any) -> Any:
+        if of_loss is None:
+            return None, None, None, None
         if torch.is_grad_enabled():  # PyTorch's once_differentiable would let gradients pass that are wrong
             raise RuntimeError("the gradient of MultiProxyEntropyLoss cannot be differentiated: drop create_graph=True")
         proxies, labels = ctx.saved_tensors
         settings: Settings = ctx.settings
-        ctx.over_classes.begin(of_loss, -settings.weights.inter * of_loss)
+        ctx.over_classes.begin(of_loss, -settings.weights.inter)
         of_own = ctx.within_class.gradient(of_loss)
         of_queries, of_proxies = proxies.new_zeros(len(labels), proxies.shape[2]), torch.empty_like(proxies)
         # What forward kept is used up. Should there be another backward, it computes that once more.
         kept, ctx.kept = ctx.kept, None
         for chunk, pooled, unpool in kept or _computed_again(proxies, labels, settings):
-            of_pooled = ctx.over_classes.gradient(settings.scale * pooled, chunk.own)
-            of_similarities = unpool(of_pooled.mul_(settings.scale))
+            of_similarities = unpool(ctx.over_classes.gradient(pooled, chunk.own))
             chunk.own.add(of_similarities, of_own)
             chunk.add_gradients(of_similarities, of_queries, of_proxies)
         return settings.similarity.of_embeddings(of_queries), of_proxies, None, None
@@ -155,31 +157,34 @@ def _computed_again(
 
 
 class _WithinClass:
-    """The terms over the proxies of the own class, out of the similarities to them, ``(B, K)``, and their gradient."""
+    """The terms over the proxies of the own class, out of the similarities to them, ``(K, B)``, and their gradient."""
 
     def __init__(self, own: Tensor, settings: Settings) -> None:
         self.settings = settings
-        self.log_q = F.log_softmax(own / settings.temperature, dim=1)
+        self.log_q = F.log_softmax(own / settings.temperature, dim=0)
         self.q = self.log_q.exp()
-        self.intra = -(self.q * self.log_q).sum(dim=1)
-        self.log_usage = settings.update_usage(self.q).clamp_min(functional.MIN_USAGE).log()
-        self.balance = (self.q * self.log_usage).sum(dim=1)
+        self.intra = torch.special.entr(self.q).sum(dim=0)
+        self.log_usage = settings.update_usage(self.q.T).T.clamp_min(functional.MIN_USAGE).log_()
+        self.balance = (self.q * self.log_usage).sum(dim=0)
 
     def gradient(self, of_loss: Tensor) -> Tensor:
-        weights = self.settings.weights
-        of_balance = self.log_usage - self.balance.unsqueeze(1)
-        of_intra = self.log_q + self.intra.unsqueeze(1)
-        of_assignment = weights.balance * of_balance - weights.intra * of_intra
-        return of_assignment.mul_(self.q).mul_((of_loss / self.settings.temperature).unsqueeze(1))
+        # That of the mean of a potential under q is q * (potential - mean). This holds for the entropy, too.
+        weights, temperature = self.settings.weights, self.settings.temperature
+        intra, balance = weights.intra / temperature, weights.balance / temperature
+        potential = torch.sub(balance * self.log_usage, self.log_q, alpha=intra)
+        mean = torch.add(balance * self.balance, self.intra, alpha=intra)
+        return potential.sub_(mean).mul_(self.q).mul_(of_loss)
 
 
 class _Chunk:
     """The classes from ``start`` to before ``stop``, and where those of the samples stand among them."""
 
-    def __init__(self, proxies: Tensor, own: Own, start: int, stop: int, settings: Settings) -> None:
+    def __init__(self, proxies: Tensor, labels: Tensor, start: int, stop: int, settings: Settings) -> None:
         per_class = proxies.shape[1]
-        self.own, self.similarity, self.shape = own, settings.similarity, (stop - start, per_class, len(own.samples))
-        self.proxies, self.rows = proxies[start:stop].flatten(0, 1), slice(start * per_class, stop * per_class)
+        self.own = Own(labels, start, stop, settings.num_classes)
+        self.similarity, self.shape = settings.similarity, (stop - start, per_class, len(labels))
+        self.rows = slice(start * per_class, stop * per_class)
+        self.proxies = proxies.flatten(0, 1)[self.rows]
 
     def similarities(self) -> Tensor:
         return self.similarity(self.proxies, self.rows).view(self.shape)
@@ -190,7 +195,6 @@ class _Chunk:
 
 
 def _chunks(proxies: Tensor, labels: Tensor, settings: Settings) -> Iterator[_Chunk]:
-    count, samples = len(proxies), torch.arange(len(labels), device=labels.device)
-    for start in range(0, count, settings.plan.classes_per_chunk):
-        stop = min(start + settings.plan.classes_per_chunk, count)
-        yield _Chunk(proxies, Own(labels, samples, start, stop, settings.num_classes), start, stop, settings)
+    for start in range(0, len(proxies), settings.plan.classes_per_chunk):
+        stop = min(start + settings.plan.classes_per_chunk, len(proxies))
+        yield _Chunk(proxies, labels, start, stop, settings)

@@ -237,7 +237,7 @@ class ShardedMultiProxyEntropyLoss(MultiProxyEntropyLoss):
             return torch.ones_like(assignments)  # which nothing takes: no sample is here
         places = torch.where(here, places, 0)  # some place for the others
         if learns:
-            counted = torch.where(here.unsqueeze(1), assignments, torch.nan)  # which does not count
+            counted = torch.where(here.unsqueeze(1), assignments, 0)
             sums = functional.usage_sums(counted, places, len(usage))
             usage.copy_(functional.moved_usage(usage, sums, self.usage_momentum))
         return usage[places].to(assignments.dtype)

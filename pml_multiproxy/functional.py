@@ -277,41 +277,13 @@ def intra_class_entropy(own_similarities: Tensor, temperature: float) -> Tensor:
     return entropy(own_similarities / temperature)
 
 
-def updated_usage(usage: Tensor, assignments: Tensor, labels: Tensor, momentum: float) -> Tensor:
-    r"""The running mean of the assignment, moved on by one batch, for the class of each sample.
-
-    .. math:: u_c \leftarrow m^n u_c + (1 - m^n)\,\bar q_c
-
-    :math:`\bar q_c` is the mean of :math:`q_i` over the :math:`n` samples of class :math:`c` in the batch: one sample
-    moves the usage by :math:`1 - m`, whatever the size of the batch. Rows of ``assignments`` that are not finite do not
-    count; a class that no row counts for keeps its usage.
-
-    Args:
-        usage: ``(C, K)``, rows sum to 1.
-        assignments: ``(B, K)``, rows sum to 1.
-        labels: ``(B,)``, long, in ``[0, C)``.
-        momentum: :math:`m`, per sample, from 0 to 1.
-
-    Returns:
-        ``(B, K)``: row :math:`i` is the new :math:`u_{y_i}`. Rows of one class are the same to the last bit. Carries no
-        gradient.
-
-    >>> usage = torch.tensor([[0.5, 0.5], [0.5, 0.5]])
-    >>> updated_usage(usage, torch.tensor([[1.0, 0.0], [1.0, 0.0]]), torch.tensor([1, 1]), momentum=0.5)
-    tensor([[0.8750, 0.1250],
-            [0.8750, 0.1250]])
-    """
-    sums = usage_sums(assignments, labels, len(usage))
-    return moved_usage(usage[labels], sums[labels], momentum)
-
-
 def usage_sums(assignments: Tensor, labels: Tensor, num_classes: int) -> Tensor:
     r"""The sum of the assignment over the samples of each class, :math:`n\,\bar q_c`, for :func:`moved_usage`.
 
     Such sums can be added up over processes.
 
     Args:
-        assignments: ``(B, K)``, rows sum to 1. Those that are not finite do not count.
+        assignments: ``(B, K)``, rows sum to 1. Those of NaN or of zeros do not count.
         labels: ``(B,)``, long, in ``[0, C)``.
         num_classes: :math:`C`.
 
@@ -322,14 +294,17 @@ def usage_sums(assignments: Tensor, labels: Tensor, num_classes: int) -> Tensor:
     tensor([[0.0000, 0.0000],
             [1.5000, 0.5000]])
     """
-    assignments = assignments.detach()
-    sums = assignments.sum(dim=1, keepdim=True)
-    counted = torch.where(sums - sums == 0, assignments, 0)  # what is not finite does not equal itself less itself
+    counted = assignments.detach().nan_to_num(0.0)
     return counted.new_zeros(num_classes, counted.shape[1]).index_add_(0, labels, counted)
 
 
 def moved_usage(usage: Tensor, sums: Tensor, momentum: float) -> Tensor:
-    r"""The equation of :func:`updated_usage`, given the sum of the assignment over the samples of each class.
+    r"""The running mean of the assignment, moved on by one batch.
+
+    .. math:: u_c \leftarrow m^n u_c + (1 - m^n)\,\bar q_c
+
+    :math:`\bar q_c` is the mean of :math:`q_i` over the :math:`n` samples of class :math:`c` in the batch: one sample
+    moves the usage by :math:`1 - m`, whatever the size of the batch.
 
     Args:
         usage: ``(C, K)``, rows sum to 1.
@@ -343,7 +318,7 @@ def moved_usage(usage: Tensor, sums: Tensor, momentum: float) -> Tensor:
     tensor([[0.8750, 0.1250],
             [0.5000, 0.5000]])
     """
-    count = sums.sum(dim=1, keepdim=True).round_()  # rows sum to 1
+    count = sums.sum(dim=1, keepdim=True)  # rows of assignments sum to 1
     mean = sums / count.clamp_min(1)
     return torch.lerp(mean, usage.to(mean.dtype), momentum**count)
 

@@ -445,21 +445,16 @@ class MultiProxyEntropyLoss(WeightRegularizerMixin, BaseMetricLossFunction):  # 
 
     def _own_usage(self, assignments: Tensor, labels: Tensor, learns: bool) -> Tensor:
         """The usage of the class of each sample, ``(B, K)``, which is first moved on by the batch if it ``learns``."""
-        if learns and self.usage_group is not None:
-            self._move_usage_together(assignments, labels)
-        elif learns:
-            rows = functional.updated_usage(self.proxy_usage, assignments, labels, self.usage_momentum)
-            self.proxy_usage[labels] = rows.to(self.proxy_usage.dtype)
+        if learns:
+            # A table of all classes, not the rows of the batch: its size is the same everywhere, so that processes may
+            # hold different numbers of samples without telling each other first, for which a GPU would have to wait. It
+            # is a small part, 1 / D, of what DistributedDataParallel sends of the proxies' gradient. And a sum that is
+            # the same to the last bit everywhere leaves the usage the same everywhere.
+            sums = functional.usage_sums(assignments, labels, self.num_classes)
+            if self.usage_group is not None:
+                distributed.all_reduce(sums, group=self.usage_group)
+            self.proxy_usage.copy_(functional.moved_usage(self.proxy_usage, sums, self.usage_momentum))
         return self.proxy_usage[labels].to(assignments.dtype)
-
-    def _move_usage_together(self, assignments: Tensor, labels: Tensor) -> None:
-        # A table of all classes, not the rows of the batch: its size is the same everywhere, so that processes may hold
-        # different numbers of samples without telling each other first, for which a GPU would have to wait. It is a
-        # small part, 1 / D, of what DistributedDataParallel sends of the proxies' gradient. And a sum that is the same
-        # to the last bit everywhere leaves the usage the same everywhere.
-        sums = functional.usage_sums(assignments, labels, self.num_classes)
-        distributed.all_reduce(sums, group=self.usage_group)
-        self.proxy_usage.copy_(functional.moved_usage(self.proxy_usage, sums, self.usage_momentum))
 
     def _lengths(self, dtype: torch.dtype) -> Tensor | None:
         """Those of all proxies, where the similarities are cosines that need no normalized proxies in memory."""
@@ -470,9 +465,9 @@ class MultiProxyEntropyLoss(WeightRegularizerMixin, BaseMetricLossFunction):  # 
             or torch.compiler.is_compiling()
         ):
             return None
-        lengths = torch.linalg.vector_norm(self._held_proxies().detach(), dim=-1).flatten()
+        lengths = torch.linalg.vector_norm(self._held_proxies().detach(), dim=-1).view(-1, 1)
         # Their squares may overflow; on a GPU, looking would make it wait.
-        return lengths if lengths.is_cuda or (lengths < math.inf).all() else None
+        return lengths if lengths.is_cuda or float(lengths.sum()) < math.inf else None
 
     def _in_chunks(self, embeddings: Tensor) -> Iterator[tuple[int, Tensor]]:
         """The first of some classes, and the similarities to their proxies, ``(B, c, K)``."""

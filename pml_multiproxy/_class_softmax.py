@@ -3,7 +3,8 @@ r"""Cross-entropy and entropy of a softmax over classes that come some at a time
 The true class stays apart, so that its margin need not be taken out of a sum again, and so that no difference of large
 numbers loses digits. All is exact.
 
-Class similarities are ``(c, B)``, the batch last. Logits are in bits: PyTorch finds powers of two faster than those of e.
+Class similarities are ``(c, B)``, the batch last. Logits are in bits, since PyTorch finds powers of two faster
+than those of e.
 """
 
 import math
@@ -53,9 +54,10 @@ class ClassSoftmax:
 
     Classes may be spread over processes: each adds its own, and all close with the sums over all.
 
-    With :math:`M` and :math:`Z` of the other classes and :math:`a_y` of the true one, the odds of the others are, in nats,
-    :math:`u = \log Z + (M - a_y) \log 2`. The true class has the probability :math:`\operatorname{sigmoid}(-u)`, the
-    others :math:`\operatorname{sigmoid}(u)\, 2^{a - M} / Z`. The margin adds to :math:`u`.
+    With :math:`M` and :math:`Z` of the other classes and :math:`a_y` of the true one, the log-odds of the others are
+    :math:`u = \log Z + (M - a_y) \log 2`, in nats. The true class has the probability
+    :math:`\operatorname{sigmoid}(-u)`, another :math:`\operatorname{sigmoid}(u)\, 2^{a - M} / Z`. The margin adds to
+    :math:`u`.
     """
 
     others: Sums | None = None
@@ -87,16 +89,16 @@ class ClassSoftmax:
         self.maximum, self.z = others.maximum, others.z
         self.mean, log_z = others.t / others.z, others.z.log()
         self.behind = torch.sub(others.maximum, own_pooled, alpha=self.bits)
-        odds = torch.add(log_z, self.behind, alpha=NATS)
-        odds_of_own = -odds
-        self.p_others, self.p_own = odds.sigmoid(), odds_of_own.sigmoid()
+        log_odds = torch.add(log_z, self.behind, alpha=NATS)
+        log_odds_of_own = -log_odds
+        self.p_others, self.p_own = log_odds.sigmoid(), log_odds_of_own.sigmoid()
         entropy_of_others = torch.sub(log_z, self.mean, alpha=NATS)
         # Both parts are positive: no digits are lost.
         self.entropy = torch.addcmul(
-            self.p_own * _softplus(odds), self.p_others, _softplus(odds_of_own) + entropy_of_others
+            self.p_own * _softplus(log_odds), self.p_others, _softplus(log_odds_of_own) + entropy_of_others
         )
-        self.odds_with_margin = odds + self.scale * margin
-        self.classification = _softplus(self.odds_with_margin)
+        self.log_odds_with_margin = log_odds + self.scale * margin
+        self.classification = _softplus(self.log_odds_with_margin)
 
     def begin(self, of_classification: Tensor, entropy_weight: float) -> None:
         """The gradient of the first, and how many times as large that of the entropy is."""
@@ -104,7 +106,7 @@ class ClassSoftmax:
         # of_classification * (p' - 1[own] - entropy_weight * p * (log p + entropy)).
         of_classification = self.scale * of_classification
         self.weight = NATS * entropy_weight
-        missed = of_classification * self.odds_with_margin.sigmoid()
+        missed = of_classification * self.log_odds_with_margin.sigmoid()
         spread = of_classification * self.p_others
         push = self.p_own * (self.behind + self.mean)
         self.of_own = torch.addcmul(missed, spread, push, value=-self.weight).neg_()

@@ -157,7 +157,9 @@ NO_BALANCE = {
     "intra_weight": [0.0, 1.0],
     "proxies_lr": [0.01, 0.03],
 }
-CLASSES_ONLY = {
+CLASSES_ONLY = "balance_weight=0.0 intra_weight=0.0"
+"""What leaves no term within a class."""
+WITH_CLASSES_ONLY = {
     "proxies_per_class": [10, 50],
     "pooling": ["softmax", "logsumexp"],
     "margin": [0.05, 0.1],
@@ -173,8 +175,8 @@ TOGETHER = {
     },
     "balance_weight=0.0 scale=5": NO_BALANCE,
     "balance_weight=0.0 scale=20": NO_BALANCE,
-    "balance_weight=0.0 intra_weight=0.0 scale=5": CLASSES_ONLY,
-    "balance_weight=0.0 intra_weight=0.0 scale=20": CLASSES_ONLY,
+    f"{CLASSES_ONLY} scale=5": WITH_CLASSES_ONLY,
+    f"{CLASSES_ONLY} scale=20": WITH_CLASSES_ONLY,
     "proxies_per_class=1 scale=20": {"margin": [0.05, 0.1], "proxies_lr": [0.003, 0.03]},
     "temperature=0.05 intra_weight=0.5 inter_weight=0.1": {"proxies_per_class": [10, 20, 30]},
 }

@@ -2,7 +2,8 @@ r"""The poolings of :mod:`pml_multiproxy.functional`, with their derivative writ
 
 Similarities are ``(C, K, B)``, the batch last, and are overwritten. From them come the class similarities ``pooled``,
 ``(C, B)``; ``differentiate`` gives the function that turns a gradient of these, ``(C, B)``, into one of the
-similarities, ``(C, K, B)``, called once. With ``compact``, it holds as little as it can until then.
+similarities, ``(C, K, B)``, called once. Until then it holds one number per similarity, with ``compact`` one byte where
+that is enough, and not the pooling.
 """
 
 import math
@@ -45,8 +46,9 @@ class Softmax:
 
     def differentiate(self, compact: bool) -> Unpool:
         # softmax * (1 + (similarity - pooled) / temperature), without the division
-        derivative = self.similarities.sub_((self.pooled - self.temperature).unsqueeze(1)).mul_(self.weights)
-        return lambda gradient: derivative.mul_(gradient.div_(self.temperature).unsqueeze(1))
+        temperature = self.temperature
+        derivative = self.similarities.sub_((self.pooled - temperature).unsqueeze(1)).mul_(self.weights)
+        return lambda gradient: derivative.mul_(gradient.div_(temperature).unsqueeze(1))
 
 
 class LogSumExp:
@@ -57,7 +59,8 @@ class LogSumExp:
         self.pooled = torch.add(largest, self.total.log(), alpha=1 / scale)
 
     def differentiate(self, compact: bool) -> Unpool:
-        return lambda gradient: self.powers.mul_(gradient.div_(self.total).unsqueeze(1))
+        derivative = self.powers.div_(self.total.unsqueeze(1))
+        return lambda gradient: derivative.mul_(gradient.unsqueeze(1))
 
 
 POOLINGS: dict[str, type[Pooling]] = {"max": Max, "softmax": Softmax, "logsumexp": LogSumExp}

@@ -90,7 +90,7 @@ class MultiProxyEntropyLoss(WeightRegularizerMixin, BaseMetricLossFunction):  # 
     **Defaults.** They are the same for all tasks: of twelve configurations, the one with the highest mean of MAP@R over
     five tasks, each relative to the best configuration on that task, on validation data (benchmarks/retrieval.py). With
     any one of the tasks left out, the others choose it, too, except where that is CLINC150 with coarse labels, on which
-    it gains most. Thirty proxies are many: where classes are one cluster, take one or few.
+    it gains most. Where classes are one cluster, take a single proxy, or ``intra_weight=0`` and ``balance_weight=0``.
 
     Sources. Intra- and inter-class entropy: Yu, Zhang, Li, Zhang, *Multi-Proxy Learning from an Entropy Optimization
     Perspective*, IJCAI 2022, pp. 1594-1600, doi:10.24963/ijcai.2022/222. Only its abstract and the caption of its

@@ -159,7 +159,9 @@ def test_sweeps_are_drawn(main, monkeypatch, tmp_path):
     monkeypatch.setitem(losses.SWEEPS, "proxies_per_class", [1, 30])
     monkeypatch.setitem(losses.SWEEPS, "pooling", ["softmax"])
     monkeypatch.setitem(losses.SWEEPS, "from_kmeans", [True])
-    monkeypatch.setattr(losses, "TOGETHER", {"proxies_per_class=1": {"scale": [5]}})
+    classes_only = f"{losses.CLASSES_ONLY} scale=5"
+    together = {"proxies_per_class=1": {"scale": [5]}, classes_only: {"proxies_per_class": [2, 30]}}
+    monkeypatch.setattr(losses, "TOGETHER", together)
     main("--task", "one-coarse", "--losses", "MultiProxyEntropy", "SoftTriple")
     rows = main("--task", "one-coarse", "--losses", "MultiProxyEntropy", "--sweep", "--report")
     swept = {}
@@ -167,13 +169,15 @@ def test_sweeps_are_drawn(main, monkeypatch, tmp_path):
         if row["phase"] == "sweep":
             swept.setdefault(row["configuration"], []).append(float(row["map_at_r"]))
     labels = "defaults", "proxies_per_class=1", "proxies_per_class=30", "pooling=softmax", "from_kmeans=True"
-    assert set(swept) == {*labels, "proxies_per_class=1 scale=5"}
+    without = [f"{classes_only} proxies_per_class={count}" for count in (2, 30)]
+    assert set(swept) == {*labels, "proxies_per_class=1 scale=5", *without}
     assert swept["defaults"] == swept["proxies_per_class=30"]
     assert len({tuple(scores) for scores in swept.values()}) == len(swept) - 1
     best = max(swept, key=lambda label: sum(swept[label]))
     tested = {(row["configuration"], row["seed"]) for row in rows if row["phase"] == "test"}
-    assert {(best, "0"), (best, "1")} <= tested
-    assert f"`{best}`: " in (tmp_path / "tables.md").read_text()
+    for label in (best, max(without, key=lambda label: sum(swept[label]))):
+        assert {(label, "0"), (label, "1")} <= tested
+        assert f"`{label}`: " in (tmp_path / "tables.md").read_text()
     assert (tmp_path / "proxies_per_class.png").exists()
     assert (tmp_path / "sensitivity.png").exists()
 

@@ -46,6 +46,7 @@ def lowest(dtype: torch.dtype) -> float:
 
 def sums_of_none(like: Tensor) -> Sums:
     """Over no class, for as many samples as in ``like``, ``(B,)``."""
+    # Beside other classes, this Z counts for nothing; and where there are none, its logarithm is finite.
     return Sums(torch.full_like(like, lowest(like.dtype)), torch.ones_like(like), torch.zeros_like(like))
 
 

@@ -232,15 +232,11 @@ class ShardedMultiProxyEntropyLoss(MultiProxyEntropyLoss):
 
     @torch.no_grad()
     def _own_usage(self, assignments: Tensor, places: Tensor, learns: bool) -> Tensor:
-        usage, here = self._held_usage(), self._are_here(places)
         if not self.classes:
             return torch.ones_like(assignments)  # which nothing takes: no sample is here
-        places = torch.where(here, places, 0)  # some place for the others
-        if learns:
-            counted = torch.where(here.unsqueeze(1), assignments, 0)
-            sums = functional.usage_sums(counted, places, len(usage))
-            usage.copy_(functional.moved_usage(usage, sums, self.usage_momentum))
-        return usage[places].to(assignments.dtype)
+        here = self._are_here(places)
+        counted = torch.where(here.unsqueeze(1), assignments, 0)
+        return super()._own_usage(counted, torch.where(here, places, 0), learns)  # some place for the others
 
     def _reseed(self, points: Tensor, labels: Tensor) -> None:
         places = labels - self.classes.start

@@ -283,7 +283,7 @@ def usage_sums(assignments: Tensor, labels: Tensor, num_classes: int) -> Tensor:
     Such sums can be added up over processes.
 
     Args:
-        assignments: ``(B, K)``, rows sum to 1. Those of NaN or of zeros do not count.
+        assignments: ``(B, K)``, rows sum to 1. Those of zeros do not count; what is not finite counts as zero.
         labels: ``(B,)``, long, in ``[0, C)``.
         num_classes: :math:`C`.
 
@@ -294,7 +294,7 @@ def usage_sums(assignments: Tensor, labels: Tensor, num_classes: int) -> Tensor:
     tensor([[0.0000, 0.0000],
             [1.5000, 0.5000]])
     """
-    counted = assignments.detach().nan_to_num(0.0)
+    counted = assignments.detach().nan_to_num(0.0, 0.0, 0.0)
     return counted.new_zeros(num_classes, counted.shape[1]).index_add_(0, labels, counted)
 
 

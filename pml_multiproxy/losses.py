@@ -445,16 +445,17 @@ class MultiProxyEntropyLoss(WeightRegularizerMixin, BaseMetricLossFunction):  # 
 
     def _own_usage(self, assignments: Tensor, labels: Tensor, learns: bool) -> Tensor:
         """The usage of the class of each sample, ``(B, K)``, which is first moved on by the batch if it ``learns``."""
+        usage = self._held_usage()
         if learns:
             # A table of all classes, not the rows of the batch: its size is the same everywhere, so that processes may
             # hold different numbers of samples without telling each other first, for which a GPU would have to wait. It
             # is a small part, 1 / D, of what DistributedDataParallel sends of the proxies' gradient. And a sum that is
             # the same to the last bit everywhere leaves the usage the same everywhere.
-            sums = functional.usage_sums(assignments, labels, self.num_classes)
+            sums = functional.usage_sums(assignments, labels, len(usage))
             if self.usage_group is not None:
                 distributed.all_reduce(sums, group=self.usage_group)
-            self.proxy_usage.copy_(functional.moved_usage(self.proxy_usage, sums, self.usage_momentum))
-        return self.proxy_usage[labels].to(assignments.dtype)
+            usage.copy_(functional.moved_usage(usage, sums, self.usage_momentum))
+        return usage[labels].to(assignments.dtype)
 
     def _lengths(self, dtype: torch.dtype) -> Tensor | None:
         """Those of all proxies, where the similarities are cosines that need no normalized proxies in memory."""

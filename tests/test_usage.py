@@ -57,6 +57,13 @@ def test_rows_stay_distributions(data, seed, momentum):
     torch.testing.assert_close(loss_func.proxy_usage.sum(dim=1), torch.ones(3))
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_not_finite_does_not_count(value):
+    q = torch.tensor([[0.25, 0.75], [value, value], [1.0, 0.0]])
+    sums = functional.usage_sums(q, torch.tensor([0, 0, 1]), 2)
+    assert sums.tolist() == [[0.25, 0.75], [1.0, 0.0]]
+
+
 def test_is_updated_before_it_is_used(loss_func, batch):
     """Two losses that differ only in the usage that they start from must differ less after the update than before."""
     embeddings, labels = batch

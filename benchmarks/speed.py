@@ -118,8 +118,7 @@ class Run:
 
     def step(self):
         """Seconds of forward, of backward, and of both, with no gradient there before."""
-        for tensor in (self.embeddings, *self.loss_func.parameters()):
-            tensor.grad = None
+        self.forget()
         self.wait()
         start = time.perf_counter()
         with self.context:
@@ -130,6 +129,10 @@ class Run:
         self.wait()
         end = time.perf_counter()
         return middle - start, end - middle, end - start
+
+    def forget(self):
+        for tensor in (self.embeddings, *self.loss_func.parameters()):
+            tensor.grad = None
 
 
 def extra_mb(row, shape, mode):
@@ -170,8 +173,25 @@ def why_not(row, shape, mode):
     return f"skipped: needs about {needed / 1000:.0f} GB" if needed > MEMORY_LIMIT_MB else ""
 
 
+def taking_turns(runs, steps):
+    """The seconds of one step of each, as often as there are steps."""
+    order = np.random.default_rng(0)
+    for _ in range(steps):
+        taken = {}
+        for i in order.permutation(len(runs)):
+            taken[i] = runs[i].step()
+            runs[i].forget()  # the gradients of all at once may not fit
+        yield [taken[i] for i in range(len(runs))]
+
+
+def summary(seconds):
+    """Of :func:`taking_turns`: the medians in ms, and those of the ratio to the first run within each step."""
+    seconds = np.array(seconds)
+    return 1e3 * np.median(seconds, axis=0), np.median(seconds[:, :, 2] / seconds[:, :1, 2], axis=0)
+
+
 def measure(name, shape, mode, rows, repeats):
-    notes, memory, seconds, order = {}, {}, [], np.random.default_rng(0)
+    notes, memory, seconds = {}, {}, []
     with tqdm(desc=f"{name} {' '.join(mode)}", total=len(rows) + shape.warm_up + repeats) as bar:
         for row in rows:
             notes[row] = why_not(row, shape, mode)
@@ -179,13 +199,10 @@ def measure(name, shape, mode, rows, repeats):
                 memory[row] = extra_mb_alone(row, shape, mode)
             bar.update()
         runs = [Run(row, shape, mode) for row in memory]
-        for _ in range(shape.warm_up + repeats):
-            taken = {i: runs[i].step() for i in order.permutation(len(runs))}
-            seconds.append([taken[i] for i in range(len(runs))])
+        for of_runs in taking_turns(runs, shape.warm_up + repeats):
+            seconds.append(of_runs)
             bar.update()
-    seconds = np.array(seconds[shape.warm_up :])
-    medians = 1e3 * np.median(seconds, axis=0)
-    ratios = np.median(seconds[:, :, 2] / seconds[:, :1, 2], axis=0)
+    medians, ratios = summary(seconds[shape.warm_up :])
     gflops = 6e-6 * math.prod(shape[:4]) / medians[:, 2]
     values = dict(zip(memory, np.column_stack([medians, ratios, [*memory.values()], gflops]).tolist(), strict=True))
     return [

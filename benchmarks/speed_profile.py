@@ -10,12 +10,11 @@ from collections import defaultdict
 from math import prod
 from time import perf_counter
 
-import numpy as np
 import speed
 import torch
 from pytorch_metric_learning.losses import BaseMetricLossFunction
 from pytorch_metric_learning.utils import common_functions as c_f
-from speed import MACHINE, RESULTS, SHAPES, Run
+from speed import MACHINE, RESULTS, SHAPES, Run, summary, taking_turns
 
 STEPS = 300
 NOTHING = "a loss of PML that computes nothing"
@@ -56,16 +55,13 @@ def group(event, shape):
 def around(shape):
     """The table of what a step takes, and our part of it, ready to take more."""
     speed.ROWS[NOTHING] = Nothing
-    names, order = ("floor", NOTHING, "ours, dense"), np.random.default_rng(0)
-    runs = {name: Run(name, shape, ("cpu", "float32")) for name in names}
-    steps = [{name: runs[name].step() for name in order.permutation(names)} for _ in range(2 * STEPS)][STEPS:]
-    seconds = np.array([[step[name] for name in names] for step in steps])
-    medians = 1e3 * np.median(seconds, axis=0)
-    ratios = np.median(seconds[:, :, 2] / seconds[:, :1, 2], axis=0)
+    names = "floor", NOTHING, "ours, dense"
+    runs = [Run(name, shape, ("cpu", "float32")) for name in names]
+    medians, ratios = summary(list(taking_turns(runs, 2 * STEPS))[STEPS:])
     lines = ["| | forward ms | backward ms | both ms | ratio to floor |", "|---|---:|---:|---:|---:|"]
     for name, values, ratio in zip(names, medians, ratios, strict=True):
         lines.append(f"| {name} | {' | '.join(f'{value:.2f}' for value in values)} | {ratio:.2f} |")
-    return lines, runs["ours, dense"]
+    return lines, runs[-1]
 
 
 def main():

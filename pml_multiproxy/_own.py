@@ -20,7 +20,7 @@ class Own:
 
     def get(self, values: Tensor, others: Tensor) -> Tensor:
         """From ``others`` where not in the chunk."""
-        return self._where_inside(values.gather(0, self._index(values)).squeeze(0), others)
+        return self._where_inside(values.gather(0, self._index(values))[0], others)
 
     def put(self, values: Tensor, own: Tensor | float) -> None:
         index = self._index(values)

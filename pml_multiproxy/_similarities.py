@@ -4,11 +4,13 @@ They are ``(P, B)``, the batch last: what runs over the proxies of a class then 
 matrix products are faster, too.
 """
 
+import math
 from collections.abc import Callable
 from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from . import functional
 
@@ -41,8 +43,7 @@ class CosineProducts:
         self.embeddings = embeddings.detach()
         self.queries = functional.normalize(self.embeddings, lengths.dtype)
         self.inverse = lengths.clamp_min(EPS).reciprocal()
-        # Shorter ones are divided by a constant, so that their length counts.
-        self.projection = self.inverse.square().mul_(lengths > EPS)
+        self.projection = _or_infinite(lengths, EPS).reciprocal_().square_()
         self.scratch: Tensor | None = None
 
     def __call__(self, proxies: Tensor, rows: slice) -> Tensor:
@@ -62,8 +63,8 @@ class CosineProducts:
     def of_embeddings(self, of_queries: Tensor) -> Tensor:
         shortest = functional.shortest(self.embeddings.dtype)
         length = (self.embeddings * self.queries).sum(dim=1, keepdim=True)
-        along = (of_queries * self.queries).sum(dim=1, keepdim=True).mul_(length > shortest)
-        return of_queries.addcmul_(self.queries, along, value=-1).div_(length.clamp_min(shortest))
+        along = (of_queries * self.queries).sum(dim=1, keepdim=True).div_(_or_infinite(length, shortest))
+        return of_queries.div_(length.clamp_min(shortest)).addcmul_(self.queries, along, value=-1)
 
 
 class RoundedCosineProducts(CosineProducts):
@@ -119,3 +120,8 @@ class DistanceCalls:
     def _call(self, queries: Tensor, proxies: Tensor) -> Tensor:
         with torch.autocast(self.device_type, self.dtype, self.enabled):
             return self.similarity(queries, proxies).T
+
+
+def _or_infinite(lengths: Tensor, shortest: float) -> Tensor:
+    """Instead of lengths up to the shortest: those vectors were divided by a constant, so that their length counts."""
+    return F.threshold(lengths, shortest, math.inf)

@@ -163,7 +163,7 @@ class _WithinClass:
         self.settings = settings
         self.log_q = F.log_softmax(own / settings.temperature, dim=0)
         self.q = self.log_q.exp()
-        self.intra = torch.special.entr(self.q).sum(dim=0)
+        self.intra = (self.q * self.log_q).sum(dim=0).neg_()
         self.log_usage = settings.update_usage(self.q.T).T.clamp_min(functional.MIN_USAGE).log_()
         self.balance = (self.q * self.log_usage).sum(dim=0)
 

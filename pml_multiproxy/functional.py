@@ -320,7 +320,7 @@ def moved_usage(usage: Tensor, sums: Tensor, momentum: float) -> Tensor:
     """
     count = sums.sum(dim=1, keepdim=True)  # rows of assignments sum to 1
     mean = sums / count.clamp_min(1)
-    return torch.lerp(mean, usage.to(mean.dtype), momentum**count)
+    return torch.lerp(mean, usage.to(mean.dtype), torch.pow(momentum, count))
 
 
 def balance(assignments: Tensor, own_usage: Tensor) -> Tensor:

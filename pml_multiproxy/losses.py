@@ -252,7 +252,8 @@ class MultiProxyEntropyLoss(WeightRegularizerMixin, BaseMetricLossFunction):  # 
                 "divisor": len(embeddings),  # for DivisorReducer
             }
         }
-        self.add_weight_regularization_to_loss_dict(loss_dict, self._held_proxies().flatten(0, 1))
+        if self.weight_regularizer is not None:
+            self.add_weight_regularization_to_loss_dict(loss_dict, self._held_proxies().flatten(0, 1))
         return loss_dict
 
     def get_logits(self, embeddings: Tensor) -> Tensor:
@@ -455,7 +456,7 @@ class MultiProxyEntropyLoss(WeightRegularizerMixin, BaseMetricLossFunction):  # 
             if self.usage_group is not None:
                 distributed.all_reduce(sums, group=self.usage_group)
             usage.copy_(functional.moved_usage(usage, sums, self.usage_momentum))
-        return usage[labels].to(assignments.dtype)
+        return usage.index_select(0, labels).to(assignments.dtype)
 
     def _lengths(self, dtype: torch.dtype) -> Tensor | None:
         """Those of all proxies, where the similarities are cosines that need no normalized proxies in memory."""

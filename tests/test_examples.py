@@ -83,6 +83,7 @@ class WithoutConstants(MultiProxyEntropyLoss):
         return super()._losses(embeddings, labels) - constants
 
 
+@pytest.mark.slow
 def test_avg_non_zero_reducer_loses_no_quality(digits):
     """The constants in the loss keep samples above 0; without them, this reducer would drop most."""
 

@@ -152,6 +152,7 @@ def test_runs_chooses_resumes_and_reports(main, tmp_path):
     assert len(again) == len(lines)
 
 
+@pytest.mark.slow
 def test_sweeps_are_drawn(main, monkeypatch, tmp_path):
     losses = importlib.import_module("retrieval_losses")
     for key in losses.SWEEPS:

@@ -252,7 +252,7 @@ class MultiProxyEntropyLoss(WeightRegularizerMixin, BaseMetricLossFunction):  # 
                 "divisor": len(embeddings),  # for DivisorReducer
             }
         }
-        if self.weight_regularizer is not None:
+        if self.weight_regularizer is not None:  # PML looks, too, but autograd would have recorded the view by then
             self.add_weight_regularization_to_loss_dict(loss_dict, self._held_proxies().flatten(0, 1))
         return loss_dict
 

@@ -468,8 +468,8 @@ class MultiProxyEntropyLoss(WeightRegularizerMixin, BaseMetricLossFunction):  # 
         ):
             return None
         lengths = torch.linalg.vector_norm(self._held_proxies().detach(), dim=-1).view(-1, 1)
-        # Their squares may overflow; on a GPU, looking would make it wait.
-        return lengths if lengths.is_cuda or float(lengths.sum()) < math.inf else None
+        # Their squares may overflow; elsewhere than on a CPU, looking would make it wait.
+        return lengths if lengths.device.type != "cpu" or float(lengths.sum()) < math.inf else None
 
     def _in_chunks(self, embeddings: Tensor) -> Iterator[tuple[int, Tensor]]:
         """The first of some classes, and the similarities to their proxies, ``(B, c, K)``."""

@@ -1,0 +1,68 @@
+"""A step reads no value back from the device, for which a GPU would have to wait.
+
+Stands in for a GPU: the meta device, whose tensors hold no values, so that whatever needs one raises.
+"""
+
+import contextlib
+
+import pytest
+import torch
+from pytorch_metric_learning import distances
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from pml_multiproxy import MultiProxyEntropyLoss, ProxyEntropyRegularizer, functional
+
+DISTANCES = {
+    "cosine": distances.CosineSimilarity,
+    "dot product": lambda: distances.DotProductSimilarity(normalize_embeddings=False),
+    "L2": distances.LpDistance,
+    "SNR": distances.SNRDistance,
+}
+OPTIONS = {
+    "defaults": dict,
+    "reseeding, regularizer": lambda: {"reseed_below": 0.01, "weight_regularizer": ProxyEntropyRegularizer(3)},
+}
+
+
+class OnlyOnMeta(TorchDispatchMode):
+    """No copy between devices either: one out of pageable memory makes the host wait, too."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        tensors = [leaf for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, torch.Tensor)]
+        assert {tensor.device.type for tensor in tensors} <= {"meta"}, func
+        return result
+
+
+@pytest.fixture(params=[False, True], ids=["full precision", "autocast"])
+def autocast(request, monkeypatch):
+    """That of the meta device, which PyTorch has not."""
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device_type=None: request.param and device_type == "meta")
+    monkeypatch.setattr(torch, "get_autocast_dtype", lambda device_type: torch.bfloat16)
+    monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: contextlib.nullcontext())
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("per_chunk", [None, 7])
+@pytest.mark.parametrize("pooling", functional.POOLINGS)
+@pytest.mark.parametrize("distance", DISTANCES)
+@pytest.mark.usefixtures("autocast")
+def test_a_step_looks_at_no_value(distance, pooling, per_chunk, options):
+    loss_func = MultiProxyEntropyLoss(
+        20, 6, 3, distance=DISTANCES[distance](), pooling=pooling, classes_per_chunk=per_chunk, **OPTIONS[options]()
+    ).to("meta")
+    embeddings = torch.empty(9, 6, device="meta", requires_grad=True)
+    labels = torch.empty(9, dtype=torch.long, device="meta")
+    with OnlyOnMeta():
+        loss_func(embeddings, labels).backward()
+    assert embeddings.grad.is_meta
+    assert loss_func.proxies.grad.is_meta
+
+
+@pytest.mark.parametrize(
+    "look", [float, bool, torch.nonzero, torch.unique, torch.bincount, lambda x: x[x > 0], torch.Tensor.cpu]
+)
+def test_looking_at_a_value_would_show(look):
+    with OnlyOnMeta(), pytest.raises((AssertionError, NotImplementedError, RuntimeError)):
+        look(torch.empty((), dtype=torch.long, device="meta").expand(1))

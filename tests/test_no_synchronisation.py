@@ -13,16 +13,13 @@ from torch.utils._pytree import tree_leaves
 
 from pml_multiproxy import MultiProxyEntropyLoss, ProxyEntropyRegularizer, functional
 
-DISTANCES = {
-    "cosine": distances.CosineSimilarity,
-    "dot product": lambda: distances.DotProductSimilarity(normalize_embeddings=False),
-    "L2": distances.LpDistance,
-    "SNR": distances.SNRDistance,
-}
-OPTIONS = {
-    "defaults": dict,
-    "reseeding, regularizer": lambda: {"reseed_below": 0.01, "weight_regularizer": ProxyEntropyRegularizer(3)},
-}
+DISTANCES = (
+    distances.CosineSimilarity(),
+    distances.DotProductSimilarity(normalize_embeddings=False),
+    distances.LpDistance(),
+    distances.SNRDistance(),
+)
+RESEEDED_AND_REGULARIZED = {"reseed_below": 0.01, "weight_regularizer": ProxyEntropyRegularizer(3)}
 
 
 class OnlyOnMeta(TorchDispatchMode):
@@ -43,14 +40,14 @@ def autocast(request, monkeypatch):
     monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: contextlib.nullcontext())
 
 
-@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("options", [{}, RESEEDED_AND_REGULARIZED], ids=["defaults", "reseeding, regularizer"])
 @pytest.mark.parametrize("per_chunk", [None, 7])
 @pytest.mark.parametrize("pooling", functional.POOLINGS)
-@pytest.mark.parametrize("distance", DISTANCES)
+@pytest.mark.parametrize("distance", DISTANCES, ids=lambda distance: type(distance).__name__)
 @pytest.mark.usefixtures("autocast")
 def test_a_step_looks_at_no_value(distance, pooling, per_chunk, options):
     loss_func = MultiProxyEntropyLoss(
-        20, 6, 3, distance=DISTANCES[distance](), pooling=pooling, classes_per_chunk=per_chunk, **OPTIONS[options]()
+        20, 6, 3, distance=distance, pooling=pooling, classes_per_chunk=per_chunk, **options
     ).to("meta")
     embeddings = torch.empty(9, 6, device="meta", requires_grad=True)
     labels = torch.empty(9, dtype=torch.long, device="meta")

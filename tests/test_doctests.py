@@ -9,6 +9,7 @@ from pml_multiproxy import (
     _checkpoints,
     _kmeans,
     _register,
+    agreement,
     distributed,
     functional,
     losses,
@@ -17,7 +18,18 @@ from pml_multiproxy import (
     visualize,
 )
 
-MODULES = [_checkpoints, _kmeans, _register, distributed, functional, losses, miners, regularizers, visualize]
+MODULES = [
+    _checkpoints,
+    _kmeans,
+    _register,
+    agreement,
+    distributed,
+    functional,
+    losses,
+    miners,
+    regularizers,
+    visualize,
+]
 
 
 @pytest.mark.parametrize("module", MODULES, ids=lambda module: module.__name__)

@@ -498,7 +498,7 @@ def arguments_that_cannot_be_are_refused(group):
     with pytest.raises(TypeError, match=r"process_group must be None or a torch\.distributed\.ProcessGroup"):
         make(process_group=4)
     loss_func = make()
-    with pytest.raises(TypeError, match="loss_func must hold all of its proxies in this process, got a Sharded"):
+    with pytest.raises(TypeError, match="loss_func must be a MultiProxyEntropyLoss, got Sharded"):
         MultiProxyMiner(loss_func)
     for make_copy in (copy.deepcopy, pickle.dumps):
         with pytest.raises(TypeError, match="can be neither copied nor pickled"):

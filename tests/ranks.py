@@ -54,6 +54,8 @@ def run(target, *arguments, size=SIZE, limit=180.0, wait_for=None):
 
 def join(rank, folder, size=SIZE, timeout=TIMEOUT):
     warnings.simplefilter("error")
+    for message in ("TypedStorage is deprecated", "You are using `torch.load`"):  # torch 2.4's own checkpoints
+        warnings.filterwarnings("ignore", message)
     torch.set_num_threads(1)
     store = distributed.FileStore(os.path.join(folder, "store"), size)
     distributed.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timeout)

@@ -176,13 +176,19 @@ class _AllRanks:
 
         The error is a RuntimeError that begins with the problem, except for those that are to be raised as they are.
         """
-        result = error = failure = None
+        result: T | None = None
+        error: BaseException | None = None
+        failure: tuple[type[Exception], str] | None = None
         try:
             result = action()
-        except (Exception, CheckpointException) as caught:  # the latter, of PyTorch, is no Exception
+        except CheckpointException as caught:  # of PyTorch, which is no Exception, and has exchanged errors already
             error = caught
-            described = f"{problem}: on rank {self.rank}, {type(error).__name__}: {error}"
-            failure = (type(error), str(error)) if isinstance(error, raises) else (RuntimeError, described)
+            rank, (reason, _) = next(iter(caught.failures.items()))
+            failure = RuntimeError, f"{problem}: on rank {rank}, {type(reason).__name__}: {reason}"
+        except Exception as caught:
+            error = caught
+            described = f"{problem}: on rank {self.rank}, {type(caught).__name__}: {caught}"
+            failure = (type(caught), str(caught)) if isinstance(caught, raises) else (RuntimeError, described)
         outcomes: list[Any] = [(result, failure)]
         if self.size > 1:
             outcomes = [None] * self.size
@@ -329,17 +335,29 @@ class _Target:
         self._old_state, self._old_groups = self.optimizer.state, self.optimizer.param_groups
         module_state = states.get_model_state_dict(self.module)
         groups = _optimizer_state(self.module, self.optimizer)["param_groups"]
-        metadata = _read_metadata(folder)
-        loaded = _Room(module_state, groups, self.optimizer.param_groups).read(folder, metadata, process_group)
+        room = _Room(module_state, groups, self.optimizer.param_groups)
+        loaded = room.read(folder, process_group)
         # PyTorch does not save containers that are empty, such as an extra state or the state of an optimizer.
         others = {name: value for name, value in module_state.items() if not isinstance(value, Tensor)}
         self._new_module = {**others, **loaded.get("module", {})}
         self._new_optimizer = _numbered(loaded["optimizer"], groups)
+        self._of_another_dtype = room.parameters_of_another_dtype
         self._old_module = {name: _copied(value) for name, value in module_state.items()}
 
     def replace(self) -> None:
         self.optimizer.load_state_dict(self._new_optimizer)
+        self._keep_dtypes()
         states.set_model_state_dict(self.module, self._new_module)
+
+    def _keep_dtypes(self) -> None:
+        """PyTorch casts states to the dtype of their parameter, also those that had another one when saved."""
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        for number, saved in self._new_optimizer["state"].items():
+            state: dict[str, Any] = self.optimizer.state[parameters[number]]
+            for name, value in saved.items() if parameters[number] not in self._of_another_dtype else ():
+                cast = state.get(name)
+                if isinstance(value, Tensor) and isinstance(cast, Tensor) and value.dtype != cast.dtype:
+                    state[name] = value.to(cast.device)
 
     def restore(self) -> None:
         self.optimizer.state, self.optimizer.param_groups = self._old_state, self._old_groups
@@ -358,11 +376,15 @@ class _Room:
             for name, parameter in zip(named["params"], group["params"], strict=True)
         }
 
-    def read(
-        self, folder: Path, metadata: Metadata, process_group: "distributed.ProcessGroup | None"
-    ) -> dict[str, Any]:
+    def read(self, folder: Path, process_group: "distributed.ProcessGroup | None") -> dict[str, Any]:
+        metadata = _read_metadata(folder)
         paths: dict[str, tuple[str | int, ...]] = metadata.planner_data
         self._check_names(set(paths.values()))
+        self.parameters_of_another_dtype = {
+            parameter
+            for name, parameter in self.parameters.items()
+            if metadata.state_dict_metadata[f"module.{name}"].properties.dtype != parameter.dtype  # type: ignore[union-attr]
+        }
         state = {key: self._room(stored, paths[key]) for key, stored in metadata.state_dict_metadata.items()}
         with _no_warning_about_one_process():
             load(
@@ -402,16 +424,13 @@ class _Room:
 
 
 def _room_beside(parameter: Tensor, size: torch.Size, dtype: torch.dtype) -> Tensor:
-    """For a state of the parameter: distributed in the same way, as far as the shape allows."""
+    """For a state of the parameter: distributed as the parameter is, or the same on all ranks if its shape differs."""
     if size == parameter.shape:
         return torch.empty_like(parameter, dtype=dtype, requires_grad=False)
     if not isinstance(parameter, dtensor.DTensor):
         return torch.empty(size, dtype=dtype, device=parameter.device)
-    placements: Any = parameter.placements
-    dims = [placement.dim for placement in placements if placement.is_shard()]
-    if len(size) != parameter.ndim or any(size[dim] != parameter.shape[dim] for dim in dims):
-        placements = [dtensor.Replicate()] * len(placements)
-    return dtensor.empty(size, dtype=dtype, device_mesh=parameter.device_mesh, placements=placements)
+    everywhere = [dtensor.Replicate()] * parameter.device_mesh.ndim
+    return dtensor.empty(size, dtype=dtype, device_mesh=parameter.device_mesh, placements=everywhere)
 
 
 def _numbered(saved: dict[str, Any], groups: list[dict[str, Any]]) -> dict[str, Any]:

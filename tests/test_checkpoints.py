@@ -1,4 +1,4 @@
-"""save_checkpoint and load_checkpoint in one process; several ranks: test_distributed_checkpoints.py."""
+"""save_checkpoint and load_checkpoint in one process; several ranks: test_sharded_checkpoints.py."""
 
 import copy
 import os
@@ -72,8 +72,8 @@ def assert_equal(actual, expected):
     """To the last bit, with types and devices."""
     assert type(actual) is type(expected)
     if isinstance(expected, dict):
-        assert list(actual) == list(expected)
-        actual, expected = list(actual.values()), list(expected.values())
+        assert actual.keys() == expected.keys()
+        actual, expected = [actual[key] for key in expected], list(expected.values())
     if isinstance(expected, torch.Tensor):
         assert actual.dtype == expected.dtype
         assert actual.device == expected.device
@@ -131,6 +131,27 @@ def test_parameters_without_a_state_have_none_afterwards(tmp_path):
     train(module, optimizer, range(2))
     load_checkpoint(tmp_path, module, optimizer)
     assert_equal(optimizer.state_dict(), expected)
+
+
+@pytest.mark.parametrize("name", ["NAdam", "ASGD"])
+def test_states_keep_their_dtype_beside_parameters_of_another(name, tmp_path):
+    module, optimizer = make_training(name)
+    module.bfloat16()
+    optimizer.zero_grad()
+    sum(p.sum() for p in module.parameters()).backward()
+    optimizer.step()
+    save_checkpoint(tmp_path, 1, module, optimizer)
+    expected = everything(module, optimizer)[1]
+    assert len({v.dtype for state in expected["state"].values() for v in state.values()}) == 2
+    for dtype in (torch.bfloat16, torch.float32):
+        module, optimizer = make_training(name)
+        module.to(dtype)
+        load_checkpoint(tmp_path, module, optimizer)
+        if dtype == torch.bfloat16:
+            assert_equal(optimizer.state_dict(), expected)
+        else:  # as load_state_dict does
+            dtypes = {v.dtype for state in optimizer.state_dict()["state"].values() for v in state.values()}
+            assert dtypes == {torch.float32}
 
 
 def test_settings_are_those_that_were_saved(tmp_path):

@@ -77,6 +77,7 @@ class Settings(NamedTuple):
     temperature: float
     margin: float
     weights: functional.Weights
+    views: int
     update_usage: Callable[[Tensor], Tensor]
     """From the assignments, ``(B, K)``, to the usage of each sample's class, ``(B, K)``."""
     plan: Plan
@@ -163,7 +164,9 @@ class _WithinClass:
         self.settings = settings
         self.log_q = F.log_softmax(own / settings.temperature, dim=0)
         self.q = self.log_q.exp()
-        self.intra = (self.q * self.log_q).sum(dim=0).neg_()
+        # Of the other views of the same sample; of a single view, its own.
+        self.log_q_compared = self._mean_of_others(self.log_q)
+        self.intra = (self.q * self.log_q_compared).sum(dim=0).neg_()
         self.log_usage = settings.update_usage(self.q.T).T.clamp_min(functional.MIN_USAGE).log_()
         self.balance = (self.q * self.log_usage).sum(dim=0)
 
@@ -171,9 +174,20 @@ class _WithinClass:
         # That of the mean of a potential under q is q * (potential - mean). This holds for the entropy, too.
         weights, temperature = self.settings.weights, self.settings.temperature
         intra, balance = weights.intra / temperature, weights.balance / temperature
-        potential = torch.sub(balance * self.log_usage, self.log_q, alpha=intra)
+        potential = torch.sub(balance * self.log_usage, self.log_q_compared, alpha=intra)
         mean = torch.add(balance * self.balance, self.intra, alpha=intra)
-        return potential.sub_(mean).mul_(self.q).mul_(of_loss)
+        gradient = potential.sub_(mean).mul_(self.q).mul_(of_loss)
+        if self.settings.views > 1:  # as what other views are compared with
+            weight = of_loss * intra
+            gradient += self._mean_of_others(weight.expand_as(self.q)) * self.q - self._mean_of_others(weight * self.q)
+        return gradient
+
+    def _mean_of_others(self, values: Tensor) -> Tensor:
+        """The mean over the other views of each sample, ``(K, B)``; of a single view, itself."""
+        if self.settings.views == 1:
+            return values
+        by_view = values.reshape(len(values), self.settings.views, -1)
+        return ((by_view.sum(dim=1, keepdim=True) - by_view) / (self.settings.views - 1)).flatten(1)
 
 
 class _Chunk:

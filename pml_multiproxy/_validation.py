@@ -106,3 +106,17 @@ def indices_tuple(value: object, batch_size: int) -> None:
         raise ValueError(f"indices_tuple must hold 3 tensors (triplets) or 4 (pairs), got {len(value)}")
     for position, indices in enumerate(value):
         in_range(f"indices_tuple[{position}]", indices, batch_size, "the batch size")
+
+
+def views(labels: Tensor, count: int) -> None:
+    """Whether a batch consists of as many blocks of equal labels; the labels are looked at on the CPU only."""
+    if len(labels) % count:
+        raise ValueError(f"the batch must be views = {count} blocks of equal length, got {len(labels)} embeddings")
+    if count == 1 or torch.compiler.is_compiling() or labels.device.type != "cpu":
+        return
+    blocks = labels.view(count, -1)
+    if not blocks.equal(blocks[:1].expand_as(blocks)):
+        raise ValueError(
+            f"labels must be the same in each of the views = {count} blocks of the batch, since row i of every block is "
+            "a view of the same sample, got blocks that differ"
+        )

@@ -102,6 +102,8 @@ class ShardedMultiProxyEntropyLoss(MultiProxyEntropyLoss):
         **kwargs: Any,
     ) -> None:
         check.process_group("process_group", process_group)
+        if kwargs.get("views", 1) != 1:
+            raise ValueError("views must be 1 for proxies that are spread over processes")
         for name in ("usage_group", "weight_regularizer"):
             if kwargs.get(name) is not None:
                 raise ValueError(f"{name} must be None for proxies that are spread over processes, got {kwargs[name]}")

@@ -277,6 +277,40 @@ def intra_class_entropy(own_similarities: Tensor, temperature: float) -> Tensor:
     return entropy(own_similarities / temperature)
 
 
+def cross_view_entropy(own_similarities: Tensor, temperature: float, views: int) -> Tensor:
+    r"""Cross-entropy of the assignment of each view of a sample to those of its other views. Minimised, all views of a
+    sample commit to the same proxy.
+
+    .. math:: H_\mathrm{intra}(i, a) = \frac{1}{V - 1} \sum_{b \ne a} -\sum_k q_i^a(k) \log q_i^b(k)
+
+    For two views it is :math:`H(q^a) + \mathrm{KL}(q^a \Vert q^b)`. Both sides get a gradient. Where all views are equal,
+    it is :func:`intra_class_entropy`.
+
+    Sources: the idea, without classes, is that of IMSAT (Hu et al., *Learning Discrete Representations via Information
+    Maximizing Self-Augmented Training*, ICML 2017) and IIC (Ji, Henriques, Vedaldi, *Invariant Information Clustering*,
+    ICCV 2019).
+
+    Args:
+        own_similarities: ``(B, K)``, the similarities to the proxies of each sample's class: ``views`` blocks of equal
+            length, of which row ``i`` of every block is a view of the same sample.
+        temperature: :math:`\tau`, in units of the similarity.
+        views: :math:`V`, at least 2.
+
+    Returns:
+        ``(B,)``, in nats, at least 0; over the views of a sample, on average at least the mean of their entropies.
+
+    >>> same, other = torch.tensor([[0.5, 0.5]]), torch.tensor([[0.5, 0.4]])
+    >>> cross_view_entropy(torch.cat([same, same]), temperature=0.1, views=2)  # log 2
+    tensor([0.6931, 0.6931])
+    >>> cross_view_entropy(torch.cat([same, other]), temperature=0.1, views=2)
+    tensor([0.8133, 0.6931])
+    """
+    log_q = F.log_softmax(own_similarities / temperature, dim=-1)
+    by_view = log_q.unflatten(0, (views, -1))
+    others = (by_view.sum(dim=0, keepdim=True) - by_view) / (views - 1)
+    return -(by_view.exp() * others).sum(dim=-1).flatten()
+
+
 def usage_sums(assignments: Tensor, labels: Tensor, num_classes: int) -> Tensor:
     r"""The sum of the assignment over the samples of each class, :math:`n\,\bar q_c`, for :func:`moved_usage`.
 

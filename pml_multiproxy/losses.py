@@ -120,6 +120,9 @@ class MultiProxyEntropyLoss(WeightRegularizerMixin, BaseMetricLossFunction):  # 
             none. ``None``: each process keeps the usage of its own batches.
         reseed_below: each training call first moves, in each class of the batch, one proxy whose usage is below this
             part of an even share onto a sample of the class, from 0 (never) to below 1; 0.1 is a good first try.
+        views: :math:`V`, at least 1. From 2 on, a batch is :math:`V` blocks of equal length, and row :math:`i` of every
+            block is a view (a random augmentation) of the same sample: the intra-class entropy of a view is then the
+            cross-entropy to the assignments of the other views, :func:`~pml_multiproxy.functional.cross_view_entropy`.
         classes_per_chunk: how many classes to hold at a time, exactly: fewer take less memory, and more time in
             backward, which then computes similarities once more. ``None``: all, while their similarities
             (``B * C * K`` numbers) take at most 256 MiB, else as many as take 2 MiB (on a GPU, 64 MiB).
@@ -185,6 +188,7 @@ class MultiProxyEntropyLoss(WeightRegularizerMixin, BaseMetricLossFunction):  # 
         usage_momentum: float = 0.9,
         usage_group: "distributed.ProcessGroup | None" = None,
         reseed_below: float = 0.0,
+        views: int = 1,
         classes_per_chunk: int | None = None,
         **kwargs: Any,
     ) -> None:
@@ -211,6 +215,7 @@ class MultiProxyEntropyLoss(WeightRegularizerMixin, BaseMetricLossFunction):  # 
                 "proxies by lots and onto samples of its own, and DistributedDataParallel relies on equal proxies"
             )
         self.usage_group = usage_group
+        self.views = check.positive_int("views", views)
         self.classes_per_chunk = classes_per_chunk
         if classes_per_chunk is not None:
             self.classes_per_chunk = check.positive_int("classes_per_chunk", classes_per_chunk)
@@ -360,6 +365,7 @@ class MultiProxyEntropyLoss(WeightRegularizerMixin, BaseMetricLossFunction):  # 
         check.embeddings(embeddings, self.proxies)
         checked = check.labels(labels, len(embeddings), self.num_classes)
         check.indices_tuple(indices_tuple, len(embeddings))
+        check.views(checked, self.views)
         return checked
 
     def _reseed(self, points: Tensor, labels: Tensor) -> None:
@@ -396,7 +402,9 @@ class MultiProxyEntropyLoss(WeightRegularizerMixin, BaseMetricLossFunction):  # 
         assignments = functional.assignment(own, self.temperature)
         terms = functional.Terms(
             functional.classification_loss(classes, labels, self.scale, self.margin),
-            functional.intra_class_entropy(own, self.temperature),
+            functional.intra_class_entropy(own, self.temperature)
+            if self.views == 1
+            else functional.cross_view_entropy(own, self.temperature, self.views),
             functional.inter_class_entropy(classes, self.scale),
             functional.balance(assignments, self._own_usage(assignments, labels, self._learns())),
         )
@@ -430,6 +438,7 @@ class MultiProxyEntropyLoss(WeightRegularizerMixin, BaseMetricLossFunction):  # 
             self.temperature,
             self.margin,
             self._weights(),
+            self.views,
             lambda assignments: self._own_usage(assignments, labels, learns),
             plan,
         )

@@ -11,7 +11,6 @@ from pytorch_metric_learning.losses.mixins import WeightRegularizerMixin
 from pytorch_metric_learning.utils import common_functions as c_f
 from pytorch_metric_learning.utils import loss_and_miner_utils as lmu
 from torch import Tensor, distributed
-from tqdm import tqdm
 
 from . import _kmeans as kmeans
 from . import _reseeding as reseeding
@@ -24,6 +23,9 @@ __all__ = ["MultiProxyEntropyLoss"]
 
 IN_USE = 0.1
 """A proxy counts as in use from this part of an even share of its class."""
+
+ROWS_PER_CHUNK = 256
+"""So many samples, sorted by class, are compared to the proxies of their classes at a time."""
 
 SETTINGS = [
     "num_classes",
@@ -305,17 +307,19 @@ class MultiProxyEntropyLoss(WeightRegularizerMixin, BaseMetricLossFunction):  # 
     def init_proxies(self, embeddings: Tensor, labels: Tensor) -> None:
         """Starts the proxies of each class at the centroids of its samples, by k-means.
 
-        Uses faiss where it is installed, else scikit-learn. The same under the same seed of torch. Where the distance
-        normalizes embeddings, so does this, and the proxies get unit length. Fewer distinct samples than proxies are
-        repeated, with a little noise on the repetitions; classes without samples keep their proxies. The usage becomes
-        the share of the samples that each proxy is the nearest to. Long work shows a progress bar.
+        The same under the same seed of torch. Where the distance normalizes embeddings, so does this, the proxies get
+        unit length, and embeddings of zeros, which have no direction, are left out. Fewer distinct samples than proxies
+        are repeated, with a little noise on the repetitions; classes without samples keep their proxies. The usage
+        becomes the share of the samples that each proxy is the nearest to. Time is linear in the samples and classes;
+        long work shows a progress bar.
 
         Args:
             embeddings: ``(N, D)``, of the network that will be trained, over enough samples of each class.
             labels: ``(N,)``, integers in ``[0, C)``.
 
         Raises:
-            TypeError, ValueError: as when the loss is called, and for embeddings that are not finite.
+            TypeError, ValueError: as when the loss is called, and for embeddings that are not finite or so large that
+                distances to proxies overflow.
 
         >>> loss_func = MultiProxyEntropyLoss(num_classes=2, embedding_size=2, proxies_per_class=2)
         >>> embeddings = torch.tensor([[2.0, 0.0], [3.0, 0.0], [0.0, 1.0], [-1.0, 0.0], [0.0, -1.0], [0.0, -4.0]])
@@ -330,13 +334,33 @@ class MultiProxyEntropyLoss(WeightRegularizerMixin, BaseMetricLossFunction):  # 
         labels = check.labels(labels, len(embeddings), self.num_classes).to(embeddings.device)
         if not embeddings.isfinite().all():
             raise ValueError("embeddings must be finite, got NaN or infinite values")
-        directions, points = self.distance.normalize_embeddings, self._points(embeddings).float()
-        for c in tqdm(torch.unique(labels).tolist(), desc="k-means per class", delay=2):
-            of_class = labels == c
-            centroids = kmeans.centroids(points[of_class].cpu(), self.proxies_per_class, spherical=directions)
-            self._held_proxies()[c] = functional.normalize(centroids) if directions else centroids
-            nearest = self._to_own_proxies(embeddings[of_class], labels[of_class]).argmax(dim=1)
-            self._held_usage()[c] = nearest.bincount(minlength=self.proxies_per_class) / len(nearest)
+        directions = self.distance.normalize_embeddings
+        if directions:  # an embedding of zeros has none
+            embeddings, labels = embeddings[embeddings.any(dim=1)], labels[embeddings.any(dim=1)]
+        classes, centroids = kmeans.start(embeddings, labels, self.proxies_per_class, spherical=directions)
+        centroids = centroids.to(self.proxies.dtype)
+        usage = self._shares(embeddings, labels, classes, centroids)
+        self._held_proxies()[classes], self._held_usage()[classes] = centroids, usage
+
+    def _shares(self, embeddings: Tensor, labels: Tensor, classes: Tensor, proxies: Tensor) -> Tensor:
+        """Of the samples of each class, the share that each of these proxies of it is the nearest to: ``(P, K)``."""
+        counts = self._held_usage().new_zeros(proxies.shape[:2])
+        places = torch.searchsorted(classes, labels)
+        by_class = places.argsort()  # so that few classes are in a chunk
+        for begin in range(0, len(by_class), ROWS_PER_CHUNK):
+            rows = by_class[begin : begin + ROWS_PER_CHUNK]
+            first, last = int(places[rows[0]]), int(places[rows[-1]])
+            similarities = self._to_proxies(embeddings[rows], proxies[first : last + 1])
+            own = similarities[_rows(rows), places[rows] - first]
+            if not own.isfinite().all():
+                raise ValueError(
+                    f"embeddings must be small enough for {type(self.distance).__name__} in {own.dtype}, got values up "
+                    f"to {float(embeddings.abs().max()):.3g}, whose distances to proxies in {proxies.dtype} overflow"
+                )
+            counts.view(-1).index_add_(
+                0, places[rows] * proxies.shape[1] + own.argmax(dim=1), counts.new_ones(len(rows))
+            )
+        return counts / counts.sum(dim=1, keepdim=True)
 
     def get_default_distance(self) -> CosineSimilarity:
         return CosineSimilarity()

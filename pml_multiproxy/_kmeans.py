@@ -6,6 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from tqdm import tqdm
+
+from . import functional
 
 JITTER = 0.1
 """Length of the noise on a repeated sample, relative to the sample."""
@@ -52,3 +55,14 @@ def _by_scikit_learn(points: Tensor, count: int, spherical: bool, seed: int) -> 
     from sklearn.cluster import KMeans
 
     return KMeans(count, n_init=RESTARTS, random_state=seed).fit(points.numpy()).cluster_centers_
+
+
+def starts(points: Tensor, labels: Tensor, count: int, spherical: bool) -> tuple[Tensor, Tensor]:
+    """Classes (P,) and centroids (P, K, D)."""
+    classes = torch.unique(labels)
+    found = []
+    for c in tqdm(classes.tolist(), desc="k-means per class", delay=2):
+        one = centroids(points[labels == c].cpu(), count, spherical)
+        found.append(functional.normalize(one) if spherical else one)
+    size = (0, count, points.shape[1])
+    return classes, torch.stack(found).to(points.device) if found else points.new_empty(size)

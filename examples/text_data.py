@@ -66,9 +66,7 @@ def make_model():
     """A small transformer with random weights, whose vocabulary are the words of the requests."""
     texts = [*PREFIXES, *SUFFIXES, *(words for topic in TOPICS.values() for pair in topic.values() for words in pair)]
     vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *sorted({word for text in texts for word in text.split()})]
-    tokenizer = Tokenizer(
-        models.WordLevel({word: number for number, word in enumerate(vocabulary)}, unk_token="[UNK]")
-    )
+    tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(vocabulary)}, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]

@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainerCallback
 
 from . import losses
+from ._module import SETTINGS
 
 __all__ = ["MultiProxyEntropyLoss", "SentenceTransformerTrainer"]
 
@@ -39,15 +40,14 @@ class MultiProxyEntropyLoss(nn.Module):
       SimCSE, Gao, Yao, Chen, EMNLP 2021). Evaluate on the retrieval task rather than by this loss then: without
       dropout, views are equal.
 
-    Where ``torch.distributed`` is initialized, the gradient of the proxies is averaged over all processes and they
-    start from those of the first, which the library does for the model alone.
+    On several processes, the gradient of the proxies is averaged over all of them, and they start from those of the
+    first, which the library does for the model alone. All processes together move the usage (``usage_group="world"``).
 
     Args:
         model: its embedding size D becomes that of the proxies.
         num_classes: C, at least 1.
         proxies_per_class: K, at least 1; ``None``: the default of the inner loss.
-        **kwargs: of the inner loss, for instance ``views``, ``temperature``, ``intra_weight``, ``balance_weight``,
-            ``usage_group``.
+        **kwargs: of the inner loss, for instance ``views``, ``temperature``, ``intra_weight``, ``balance_weight``.
 
     Attributes:
         model: the model that was given.
@@ -56,7 +56,8 @@ class MultiProxyEntropyLoss(nn.Module):
 
     Raises:
         ValueError: for a model whose embedding size is unknown; in a call, for a number of text columns that is
-            neither 1 nor ``views``, or no labels; and as the inner loss raises.
+            neither 1 nor ``views``, for no labels, and for ``reseed_below`` on several processes, which would each move
+            other proxies; and as the inner loss raises.
 
     Example:
         >>> from sentence_transformers import SentenceTransformerTrainingArguments
@@ -73,6 +74,8 @@ class MultiProxyEntropyLoss(nn.Module):
         super().__init__()
         if proxies_per_class is not None:
             kwargs["proxies_per_class"] = proxies_per_class
+        if not kwargs.get("reseed_below"):  # which the inner loss refuses together with a group
+            kwargs.setdefault("usage_group", "world")
         self.model = model
         self.loss_func = losses.MultiProxyEntropyLoss(num_classes, _embedding_size(model), **kwargs)
         self.loss_func.to(model.device)
@@ -98,7 +101,7 @@ class MultiProxyEntropyLoss(nn.Module):
 
     def get_config_dict(self) -> dict[str, Any]:
         """The settings, which the library writes into the model card."""
-        return {name: getattr(self.loss_func, name) for name in [*losses.SETTINGS, "views"]}
+        return {name: getattr(self.loss_func, name) for name in SETTINGS}
 
     @property
     def citation(self) -> str:
@@ -127,9 +130,14 @@ class MultiProxyEntropyLoss(nn.Module):
 
     def _synchronised(self) -> nn.Module:
         """The inner loss; on several processes, in what averages its gradients."""
-        if not (distributed.is_available() and distributed.is_initialized()) or not any(
-            parameter.requires_grad for parameter in self.loss_func.parameters()
-        ):
+        if not (distributed.is_available() and distributed.is_initialized()):
+            return self.loss_func
+        if self.loss_func.reseed_below > 0:
+            raise ValueError(
+                f"reseed_below must be 0 on several processes, got {self.loss_func.reseed_below:g}: "
+                "each would move other proxies"
+            )
+        if not self.loss_func.proxies.requires_grad:  # DistributedDataParallel refuses what has nothing to average
             return self.loss_func
         if not self._parallel:
             # The usage is a buffer, and either moved by all processes together or each one's own.

@@ -2,6 +2,8 @@
 
 import math
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -72,7 +74,9 @@ class PairLoss(torch.nn.Module):
         return 1 - torch.nn.functional.cosine_similarity(first, second).mean()
 
 
-def make_trainer(text_data, folder, views=1, columns=("text",), make=SentenceTransformerTrainer, loss=None, **arguments):
+def make_trainer(
+    text_data, folder, views=1, columns=("text",), make=SentenceTransformerTrainer, loss=None, **arguments
+):
     """A trainer with dropout, gradient accumulation, and a learning rate for the proxies alone."""
     set_seed(0)
     model = text_data.make_model()
@@ -259,7 +263,10 @@ def test_several_losses(text_data, tmp_path):
         set_seed(0)
         model = text_data.make_model()
         rows = Dataset.from_list(text_data.load_data()[0][:160])
-        data = {"topics": rows.select_columns(["text", "label"]), "pairs": rows.select_columns(["text", "other_wording"])}
+        data = {
+            "topics": rows.select_columns(["text", "label"]),
+            "pairs": rows.select_columns(["text", "other_wording"]),
+        }
         by_dataset = {"topics": MultiProxyEntropyLoss(model, 3, 4), "pairs": PairLoss(model)}
         arguments = SentenceTransformerTrainingArguments(
             output_dir=str(tmp_path / "run"), max_steps=8, save_steps=4, disable_tqdm=True, report_to="none",
@@ -281,3 +288,54 @@ def test_mixed_precision(text_data, tmp_path):
     assert all(math.isfinite(loss) for loss in seen)
     assert trainer.loss.loss_func.proxies.dtype == torch.float32
     assert trainer.loss.loss_func.proxy_usage.dtype == torch.float32
+
+
+TWO_PROCESSES = """
+import os, sys, torch
+sys.path.insert(0, {examples!r})
+from torch import distributed
+from datasets import Dataset
+from sentence_transformers import SentenceTransformerTrainingArguments
+from transformers import set_seed
+import text_data
+from pml_multiproxy.sentence_transformers import MultiProxyEntropyLoss, SentenceTransformerTrainer
+
+def make(folder):
+    set_seed(0)
+    model = text_data.make_model()
+    torch.manual_seed(int(os.environ["RANK"]))  # other proxies on each process
+    loss = MultiProxyEntropyLoss(model, 3, 4, views=2)
+    arguments = SentenceTransformerTrainingArguments(
+        output_dir=folder, max_steps=8, save_steps=4, per_device_train_batch_size=8, learning_rate=1e-3,
+        gradient_accumulation_steps=2, report_to="none", disable_tqdm=True, use_cpu=True,
+    )
+    data = Dataset.from_list(text_data.load_data()[0]).select_columns(["text", "other_wording", "label"])
+    return SentenceTransformerTrainer(model, arguments, data, loss=loss)
+
+whole = make({folder!r})
+whole.train()
+state = {{name: value for name, value in whole.loss.state_dict().items() if name.startswith("loss_func.")}}
+assert set(state) >= {{"loss_func.proxies", "loss_func.proxy_usage"}}, set(state)
+for name in ("loss_func.proxies", "loss_func.proxy_usage"):
+    both = [torch.empty_like(state[name]) for _ in range(2)]
+    distributed.all_gather(both, state[name].detach().contiguous())
+    assert torch.equal(*both), name
+resumed = make({folder!r})
+resumed.train(resume_from_checkpoint={folder!r} + "/checkpoint-4")
+for name, value in whole.model.state_dict().items():
+    assert torch.equal(value, resumed.model.state_dict()[name]), name
+for name in ("loss_func.proxies", "loss_func.proxy_usage"):
+    assert torch.equal(state[name], resumed.loss.state_dict()[name]), name
+print("equal", flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_share_proxies_and_usage_and_resume_exactly(tmp_path):
+    script = tmp_path / "script.py"
+    examples = str(Path(__file__).parent.parent / "examples")
+    script.write_text(TWO_PROCESSES.format(examples=examples, folder=str(tmp_path / "run")))
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    result = subprocess.run([sys.executable, *torchrun, str(script)], capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("equal") == 2

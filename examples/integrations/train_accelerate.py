@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from torch import distributed, nn
+from torch import nn
 from torch.utils.data import DataLoader
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for digits.py
@@ -27,10 +27,11 @@ from pml_multiproxy.losses import MultiProxyEntropyLoss
 
 
 class Model(nn.Module):
-    def __init__(self, usage_group):
+    def __init__(self):
         super().__init__()
         self.network = nn.Sequential(*make_models().values())
-        self.loss_func = MultiProxyEntropyLoss(2, EMBEDDING_SIZE, 10, usage_group=usage_group)
+        # All processes together move the usage of the proxies.
+        self.loss_func = MultiProxyEntropyLoss(2, EMBEDDING_SIZE, 10, usage_group="world")
 
     def forward(self, images, labels):
         return self.loss_func(self.network(images), labels)
@@ -41,12 +42,9 @@ def main(argv=None):
     parser.add_argument("--epochs", type=int, default=10, metavar="N", help="default: %(default)s")
     parser.add_argument("--checkpoints", type=Path, metavar="FOLDER", help="default: none are kept")
     args = parser.parse_args(argv)
-    accelerator = Accelerator(
-        cpu=not torch.cuda.is_available(), mixed_precision="bf16", gradient_accumulation_steps=2
-    )
+    accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="bf16", gradient_accumulation_steps=2)
     set_seed(0)
-    # The accelerator has set up the processes; all of them together move the usage of the proxies.
-    model = Model(distributed.group.WORLD if accelerator.num_processes > 1 else None)
+    model = Model()
     optimizer = make_optimizer(model.network, model.loss_func)  # without the loss, proxies would never be trained
     loader = DataLoader(load_data()[0], 32 // accelerator.num_processes, shuffle=True, drop_last=True)
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)

@@ -2,7 +2,8 @@
 
     torchrun --standalone --nproc-per-node 2 examples/integrations/train_fsdp2.py --checkpoints checkpoints
 
-Task and network are those of ../coarse_to_fine.py. Each process keeps a part of every parameter, the proxies' too, and
+The task is that of ../coarse_to_fine.py, for a network without batch normalization, whose statistics FSDP2 would not
+share between the processes. Each process keeps a part of every parameter, the proxies' too, and
 has them as a whole while a module runs. The network computes in bfloat16, the loss in float32. Run the same command
 with more epochs to go on from the last checkpoint, as if never interrupted. Prints MAP@R and the sum of the proxies.
 
@@ -16,13 +17,14 @@ from pathlib import Path
 
 import torch
 from torch import distributed, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.data import DataLoader, DistributedSampler
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for digits.py
 
-from digits import EMBEDDING_SIZE, load_data, make_models, make_optimizer, map_at_r
+from digits import EMBEDDING_SIZE, load_data, make_optimizer, map_at_r
 
 from pml_multiproxy.distributed import load_checkpoint, save_checkpoint
 from pml_multiproxy.losses import MultiProxyEntropyLoss
@@ -30,11 +32,17 @@ from pml_multiproxy.losses import MultiProxyEntropyLoss
 ACCUMULATED = 2
 
 
+def make_network():
+    layers = nn.Linear(64, 256), nn.LayerNorm(256), nn.GELU(), nn.Linear(256, EMBEDDING_SIZE)
+    return nn.Sequential(nn.Flatten(), *layers)
+
+
 class Model(nn.Module):
     def __init__(self):
         super().__init__()
-        self.network = nn.Sequential(*make_models().values())
-        self.loss_func = MultiProxyEntropyLoss(2, EMBEDDING_SIZE, 10, usage_group=distributed.group.WORLD)
+        self.network = make_network()
+        # All processes together move the usage of the proxies.
+        self.loss_func = MultiProxyEntropyLoss(2, EMBEDDING_SIZE, 10, usage_group="world")
 
     def forward(self, images, labels):
         return self.loss_func(self.network(images), labels)
@@ -78,13 +86,14 @@ def main(argv=None):
         if args.checkpoints:
             save_checkpoint(args.checkpoints, epoch + 1, model, optimizer)
 
-    for part in (model, model.network, model.loss_func):
-        part.unshard()  # or the proxies would be a DTensor wherever the loss is used outside of its forward
-    # Batch normalization has statistics of its own on each process.
+    # All of it, on the first process: outside of forward, the parameters are DTensors of which each process has a part.
+    whole = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if distributed.get_rank() == 0:
-        network = nn.Sequential(*make_models().values())
-        network.load_state_dict(model.network.state_dict())
-        print(f"MAP@R {map_at_r(network):.1f}, proxies {model.loss_func.proxies.double().sum():.9f}", flush=True)
+        trained = Model()
+        trained.load_state_dict(whole)
+        print(
+            f"MAP@R {map_at_r(trained.network):.1f}, proxies {trained.loss_func.proxies.double().sum():.9f}", flush=True
+        )
     distributed.barrier()
     distributed.destroy_process_group()
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import lightning
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from torch import distributed, nn
+from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for digits.py
@@ -29,11 +29,8 @@ class Model(lightning.LightningModule):
     def __init__(self):
         super().__init__()
         self.network = nn.Sequential(*make_models().values())
-        self.loss_func = MultiProxyEntropyLoss(2, EMBEDDING_SIZE, 10)
-
-    def setup(self, stage):
-        if distributed.is_initialized():  # not so in __init__; all processes together move the usage of the proxies
-            self.loss_func.usage_group = distributed.group.WORLD
+        # All processes together move the usage of the proxies.
+        self.loss_func = MultiProxyEntropyLoss(2, EMBEDDING_SIZE, 10, usage_group="world")
 
     def training_step(self, batch, _):
         images, labels = batch

@@ -140,12 +140,9 @@ REDUCERS = {
     "divisor": reducers.DivisorReducer,
     "per anchor": reducers.PerAnchorReducer,
 }
-INTEGERS = {
-    torch.float64: torch.int64,
-    torch.float32: torch.int32,
-    torch.bfloat16: torch.int16,
-    torch.float16: torch.int16,
-}
+LENGTHS = (0.3, 1.0, 3.0, 30.0, 300.0, 3000.0)
+INTEGERS = {8: torch.int64, 4: torch.int32, 2: torch.int16}
+"""By the size of an item."""
 
 
 @dataclass(frozen=True)
@@ -205,6 +202,8 @@ def draw(seed):
     embedding_dtype = rng.choice([dtype] * 4 + [torch.float32, torch.bfloat16, torch.float16])
     if torch.promote_types(dtype, embedding_dtype) != dtype or scenario in ("sequence", "reseed"):
         embedding_dtype = dtype
+    if long := rng.random() < 0.05:
+        distance, dtype, embedding_dtype = "dot product", torch.float32, torch.float32
     large = distance == "cosine" and scenario == "step" and rng.random() < 0.03
     views = rng.choice([1, 1, 1, 2, 3])
     layouts = EMBEDDING_LAYOUTS if embedding_dtype == dtype else set(EMBEDDING_LAYOUTS) - set(SUMMING_LAYOUTS)
@@ -233,7 +232,7 @@ def draw(seed):
         per_chunk=None if large else rng.choice([None, None, 1, 2, 3, num_classes, num_classes + 1]),
         dtype=dtype,
         embedding_dtype=embedding_dtype,
-        length=rng.choice([0.3, 1.0, 3.0, 30.0, 300.0]) if KINDS[distance].any_length else 1.0,
+        length=rng.choice(LENGTHS[-2:] if long else LENGTHS) if KINDS[distance].any_length else 1.0,
         training=rng.random() < 0.7,
         embedding_layout="contiguous" if plain else rng.choice(sorted(layouts)),
         label_layout=rng.choice(LABEL_LAYOUTS[:3] if large else LABEL_LAYOUTS),
@@ -346,7 +345,7 @@ def make_batch(case):
     if case.embedding_layout == "transposed leaf":
         source = source.T
     if case.embedding_layout == "labels in the same memory":
-        labels = source[:, -1].view(INTEGERS[source.dtype])
+        labels = source[:, -1].view(INTEGERS[source.itemsize])
         labels.copy_(values)
         return source, view, labels
     return source, view, lay_out_labels(values, case.label_layout)

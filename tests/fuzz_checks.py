@@ -16,8 +16,9 @@ from torch.utils.checkpoint import checkpoint
 EXACT = 1e-9
 """In float64: the largest error of a gradient, relative to its largest component."""
 
-TIMES_PLAIN = 50
-"""In float32: how many times as large as that of plain autograd an error may be, beside a few units of rounding."""
+TIMES_PLAIN = 50, 50
+"""In float32: how many times as large as that of plain autograd, or as the change by inputs that are a unit of rounding
+off, an error may be, and how many units of rounding beside. Under autocast, a fifth of that."""
 
 
 @contextlib.contextmanager
@@ -53,15 +54,23 @@ def autocast(case, enabled):
 class Evaluated:
     """The reference on what a loss was just called with, in some dtype: loss and gradients."""
 
-    def __init__(self, drawn, similarity, dtype):
+    def __init__(self, drawn, similarity, dtype, noise=0.0, seed=0):
+        """With ``noise``, on inputs and similarities that are off by so much, relatively."""
         case, usage = drawn.case, drawn.loss_func.proxy_usage
+        generator = torch.Generator().manual_seed(seed)
+
+        def noisy(values):
+            if not noise:
+                return values
+            return values * (1 + noise * torch.randn(values.shape, dtype=dtype, generator=generator))
+
         with torch.enable_grad():
             source = drawn.source.detach().to(dtype).requires_grad_()
             proxies = drawn.current_proxies().detach().to(dtype).requires_grad_()
             parameters = [leaf.detach().to(dtype).requires_grad_() for leaf in drawn.distance_leaves]
             embeddings, labels = drawn.view(source), drawn.labels.long().clone()
-            self.s = similarity(embeddings, proxies.flatten(0, 1), *parameters).to(dtype)
-            self.s = self.s.view(len(labels), case.num_classes, case.per_class)
+            self.s = similarity(noisy(embeddings), noisy(proxies.flatten(0, 1)), *parameters).to(dtype)
+            self.s = noisy(self.s).view(len(labels), case.num_classes, case.per_class)
             self.losses = reference.losses(self.s, labels, usage, case.settings)
             weighted = self.losses * reference.mined_weights(drawn.mined, len(labels), dtype)
             self.loss = reference.reduce(case.reducer, weighted, labels, drawn.class_weights)
@@ -70,10 +79,16 @@ class Evaluated:
             inputs = [source, proxies, *parameters]
             total = self.loss + (0.1 * source.square().mean() if case.alias else 0)
             self.gradients = pull_back(drawn, gradients_of(total, inputs))
-            signs = torch.randint(2, self.s.shape, generator=torch.Generator().manual_seed(0)).to(dtype) * 2 - 1
+            weights = torch.randn(self.s.shape, dtype=dtype, generator=torch.Generator().manual_seed(0))
             count = 1 if case.reducer == "sum" else max(len(labels), 1)
             unit = (case.scale + 1 / case.temperature) / count
-            self.units = pull_back(drawn, gradients_of(unit * (self.s * signs).sum(), inputs))
+            # A gradient of zero is what remains of slopes like these, or of ones that no length takes away.
+            slopes = gradients_of(unit * (self.s * weights).sum(), inputs)
+            least = [1e-3 * unit / max(largest(values), 1e-3) for values in inputs]
+            names = ["embeddings", "proxies", *(f"distance {i}" for i in range(len(parameters)))]
+            self.units = dict(
+                zip(names, [max(largest(s), low) for s, low in zip(slopes, least, strict=True)], strict=True)
+            )
 
 
 def gradients_of(value, inputs):
@@ -122,29 +137,33 @@ class Expected:
     def __init__(self, drawn):
         self.case, self.drawn = drawn.case, drawn
         self.exact = Evaluated(drawn, drawn.kind.similarity, torch.float64)
-        self.plain = Evaluated(drawn, plain(drawn), torch.float32) if self.case.dtype == torch.float32 else None
         self.largest = largest(self.exact.s)
+        self.rounded = []  # as rounding alone may have it: by plain autograd, and for inputs that are a little off
+        if self.case.dtype == torch.float32:
+            self.rounded = [Evaluated(drawn, plain(drawn), torch.float32)]
+            similarity = drawn.kind.similarity
+            self.rounded += [Evaluated(drawn, similarity, torch.float64, self.eps, seed) for seed in (1, 2)]
 
     @property
     def eps(self):
         return torch.finfo(self.case.autocast_dtype if self.case.rounded else self.case.dtype).eps
 
-    def allowed(self, exact, plain, scale):
-        """How far from the exact value one may be."""
+    def allowed(self, value_of, scale):
+        """How far from the exact value one may be that ``value_of`` takes from an evaluation of the reference."""
         if self.case.dtype == torch.float64:
             return EXACT * scale
-        # A rounded similarity is this much off, in nats.
-        off = self.eps * (1 + self.largest * max(self.case.scale, 1 / self.case.temperature))
-        times, floor = (5, 4) if self.case.rounded else (TIMES_PLAIN, 4)
-        return times * largest(plain - exact) + floor * off * scale
+        exact = value_of(self.exact).detach()
+        error = max(largest(value_of(rounded).detach() - exact) for rounded in self.rounded)
+        times, units = TIMES_PLAIN
+        return (times * error + units * self.eps * scale) / (5 if self.case.rounded else 1)
 
     def check_loss(self, loss):
         exact = self.exact.loss.detach()
-        plain = exact if self.plain is None else self.plain.loss.detach().double()
         if self.case.reducer not in ("positive", "divisor"):  # where nothing is left, PML's zero is of the embeddings
             assert loss.dtype == self.case.dtype, f"the loss is of {loss.dtype}"
         if self.is_clear:
-            assert_near("loss", loss, exact, self.allowed(exact, plain, max(1.0, largest(exact))))
+            scale = max(1.0, largest(exact))
+            assert_near("loss", loss, exact, self.allowed(lambda evaluated: evaluated.loss, scale))
 
     def check_usage(self, before, moves):
         usage = self.drawn.loss_func.proxy_usage
@@ -179,9 +198,8 @@ class Expected:
             exact = self.exact.gradients[name]
             # A gradient that vanishes is what remains of larger ones.
             behind = "proxies" if name.startswith("proxies") else name
-            scale = max(largest(exact), largest(self.exact.gradients[behind]), 1e-3 * largest(self.exact.units[behind]))
-            plain = exact if self.plain is None else self.plain.gradients[name]
-            allowed = self.allowed(exact, plain, scale)
+            scale = max(largest(exact), largest(self.exact.gradients[behind]), 1e-3 * self.exact.units[behind])
+            allowed = self.allowed(lambda evaluated, name=name: evaluated.gradients[name], scale)
             if leaf.dtype != self.case.dtype:
                 allowed += 4 * torch.finfo(leaf.dtype).eps * scale + (1e-6 if leaf.dtype == torch.float16 else 0)
             yield name, leaf, exact, allowed
@@ -309,6 +327,7 @@ def check_sequence(case):
         gradients = {id(leaf): (exact, allowed) for _, leaf, exact, allowed in expected.of_leaves()}
         for leaf, twin in zip(leaves, twins, strict=True):
             twin.grad, _ = gradients[id(leaf)]
+            leaf.grad = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad  # momentum goes on
         for optimizer in optimizers:
             optimizer.step()
         for leaf, twin in zip(leaves, twins, strict=True):
@@ -341,7 +360,8 @@ def check_edit(case):
     try:
         backward(drawn, loss)
     except RuntimeError as error:
-        assert "modified by an inplace operation" in str(error), error
+        if "modified by an inplace operation" not in str(error):
+            raise
         return
     if expected.is_clear:
         for name, leaf, exact, allowed in of_leaves:
@@ -411,7 +431,8 @@ def check_checkpoint(case):
         loss = checkpoint(drawn.call, *args, use_reentrant=reentrant)
         backward(drawn, loss)
     except (RuntimeError, ValueError) as error:
-        assert "checkpoint" in str(error).lower(), error
+        if "checkpoint" not in str(error).lower():
+            raise
         if not drawn.loss_func.proxy_usage.equal(usage):  # by forward, which cannot know yet
             Expected(drawn).check_usage(usage, moves=True)
         return
@@ -478,9 +499,8 @@ def check_not_finite(case):
     if not expected.is_clear:
         return
     exact = expected.exact.losses.detach()
-    rounded = exact if expected.plain is None else expected.plain.losses.detach().double()
-    scale = max(1.0, largest(exact))
-    assert_near("losses of finite samples", losses[good], exact, expected.allowed(exact, rounded, scale))
+    allowed = expected.allowed(lambda evaluated: evaluated.losses, max(1.0, largest(exact)))
+    assert_near("losses of finite samples", losses[good], exact, allowed)
     _, _, exact, allowed = next(expected.of_leaves())
     assert_near("gradient of finite samples", drawn.source.grad[good], exact, allowed)
 
@@ -503,18 +523,15 @@ def check_refusal(case):
         (TypeError, (embeddings, labels.bool())),
         (TypeError, (embeddings.long(), labels)),
         (ValueError, (embeddings, None)),
-        (ValueError, (embeddings, torch.cat([labels, labels[:1], past[:1] - 1])[: case.batch + 1])),
+        (ValueError, (embeddings, torch.zeros(case.batch + 1, dtype=torch.long))),
         (ValueError, (embeddings[:, 1:], labels)),
-        (ValueError, (embeddings, labels, (labels, labels))),
+        (ValueError, (embeddings, labels, (labels[:0],))),
     ]
     if case.batch:
         outside = (torch.tensor([case.batch]),) * 3
         refused += [(ValueError, (embeddings, past)), (ValueError, (embeddings, -1 - labels))]
         refused += [(ValueError, (embeddings, labels, outside))]
     for error, args in refused:
-        if len(args) == 2 and case.batch == 0 and args[1] is not None and len(args[1]) == 0 and error is ValueError:
-            if args[0].shape[1] == case.size:
-                continue
         with pytest.raises(error):
             drawn.call(*args)
     assert drawn.loss_func.proxy_usage.equal(before[0]), "usage moved by a call that was refused"
@@ -525,7 +542,8 @@ def check_refusal(case):
         try:
             torch.autograd.grad(loss, leaves, create_graph=True, allow_unused=True)
         except RuntimeError as error:
-            assert "create_graph" in str(error), error
+            if "create_graph" not in str(error):
+                raise
 
 
 CHECKS = {

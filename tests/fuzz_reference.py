@@ -1,7 +1,7 @@
 """The loss for the fuzz, once more from the equations of the documentation, vectorised, by plain autograd.
 
-It shares nothing with the package, nor with the scalar ``reference`` of the other tests. All functions work in the dtype
-of what they get: float64 for what is right, float32 for the error that rounding alone makes.
+It shares nothing with the package, nor with the scalar ``reference`` of the other tests. All functions work in the
+dtype of what they get: float64 for what is right, float32 for the error that rounding alone makes.
 """
 
 import math

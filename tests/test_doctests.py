@@ -14,10 +14,11 @@ from pml_multiproxy import (
     losses,
     miners,
     regularizers,
+    views,
     visualize,
 )
 
-MODULES = [_checkpoints, _kmeans, _register, distributed, functional, losses, miners, regularizers, visualize]
+MODULES = [_checkpoints, _kmeans, _register, distributed, functional, losses, miners, regularizers, views, visualize]
 
 
 @pytest.mark.parametrize("module", MODULES, ids=lambda module: module.__name__)

@@ -6,9 +6,11 @@ import inspect
 import pytest
 
 from pml_multiproxy import (
+    _autocast,
     _checkpoints,
     _kmeans,
     _register,
+    _reseeding,
     distributed,
     functional,
     losses,
@@ -17,7 +19,19 @@ from pml_multiproxy import (
     visualize,
 )
 
-MODULES = [_checkpoints, _kmeans, _register, distributed, functional, losses, miners, regularizers, visualize]
+MODULES = [
+    _autocast,
+    _checkpoints,
+    _kmeans,
+    _register,
+    _reseeding,
+    distributed,
+    functional,
+    losses,
+    miners,
+    regularizers,
+    visualize,
+]
 
 
 @pytest.mark.parametrize("module", MODULES, ids=lambda module: module.__name__)

@@ -203,10 +203,11 @@ class ProxyLossModule(WeightRegularizerMixin, BaseMetricLossFunction):  # type: 
     def init_proxies(self, embeddings: Tensor, labels: Tensor) -> None:
         """Starts the proxies of each class at the centroids of its samples, by k-means.
 
-        Uses faiss where it is installed, else scikit-learn. The same under the same seed of torch. Where the distance
-        normalizes embeddings, so does this, and the proxies get unit length. Fewer distinct samples than proxies are
-        repeated, with a little noise on the repetitions; classes without samples keep their proxies. The usage becomes
-        the share of the samples that each proxy is the nearest to. Long work shows a progress bar.
+        The same under the same seed of torch. Where the distance normalizes embeddings, so does this, the proxies get
+        unit length, and embeddings of zeros, which have no direction, are left out. Fewer distinct samples than proxies
+        are repeated, with a little noise on the repetitions; classes without samples keep their proxies. The usage
+        becomes the share of the samples that each proxy is the nearest to. Time is linear in the samples and classes;
+        long work shows a progress bar.
 
         The sharded loss takes the samples of the classes that its rank holds, and leaves out others.
 
@@ -215,7 +216,8 @@ class ProxyLossModule(WeightRegularizerMixin, BaseMetricLossFunction):  # type: 
             labels: ``(N,)``, integers in ``[0, C)``.
 
         Raises:
-            TypeError, ValueError: as when the loss is called, and for embeddings that are not finite.
+            TypeError, ValueError: as when the loss is called, and for embeddings that are not finite or so large that
+                distances to proxies overflow.
 
         >>> from pml_multiproxy import MultiProxyEntropyLoss
         >>> loss_func = MultiProxyEntropyLoss(num_classes=2, embedding_size=2, proxies_per_class=2)
@@ -347,14 +349,23 @@ class ProxyLossModule(WeightRegularizerMixin, BaseMetricLossFunction):  # type: 
     @torch.no_grad()
     def _start_by_kmeans(self, embeddings: Tensor, positions: Tensor) -> None:
         """Of samples of the classes of this process, at these positions among them."""
-        proxies, usage = self._layout.local(self.proxies), self._layout.local(self.proxy_usage)
         directions = self.distance.normalize_embeddings
-        classes, centroids = kmeans.starts(
-            points(self.distance, embeddings).float(), positions, self.proxies_per_class, directions
-        )
-        proxies[classes] = centroids.to(proxies)
-        own = nearest.to_target(self.distance, embeddings, positions, proxies).argmax(dim=1)
-        usage[classes] = _shares(positions, own, usage)[classes]
+        if directions:
+            has_one = embeddings.any(dim=1)
+            embeddings, positions = embeddings[has_one], positions[has_one]
+        classes, centroids = kmeans.start(embeddings, positions, self.proxies_per_class, spherical=directions)
+        centroids, places = centroids.to(self.proxies.dtype), torch.searchsorted(classes, positions)
+        own = nearest.to_target(self.distance, embeddings, places, centroids)
+        if not own.isfinite().all():
+            raise ValueError(
+                f"embeddings must be small enough for {type(self.distance).__name__} in {own.dtype}, got values up to "
+                f"{float(embeddings.abs().max()):.3g}, whose distances to proxies in {centroids.dtype} overflow"
+            )
+        usage = self._layout.local(self.proxy_usage)
+        counts = usage.new_zeros(len(classes), self.proxies_per_class)
+        counts.index_put_((places, own.argmax(dim=1)), usage.new_ones(()), accumulate=True)
+        usage[classes] = counts / counts.sum(dim=1, keepdim=True)
+        self._layout.local(self.proxies)[classes] = centroids
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ProxyLossModule":
         """Keeps the usage in float32 through ``half()`` and the like: its momentum would be lost in rounding."""
@@ -363,12 +374,6 @@ class ProxyLossModule(WeightRegularizerMixin, BaseMetricLossFunction):  # type: 
         if self.proxy_usage.dtype != usage.dtype:
             self.proxy_usage = usage.to(self.proxy_usage.device)
         return self
-
-
-def _shares(positions: Tensor, own: Tensor, usage: Tensor) -> Tensor:
-    """How the samples of each class are spread over its proxies, like the usage; 0 for classes without samples."""
-    counts = torch.zeros_like(usage).index_put_((positions, own), usage.new_ones(()), accumulate=True)
-    return counts / counts.sum(dim=1, keepdim=True).clamp_min(1)
 
 
 @torch.no_grad()

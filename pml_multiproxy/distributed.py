@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, distributed
 
 from . import _validation as check
-from ._checkpoints import load_checkpoint, save_checkpoint
 from ._module import SETTINGS, ProxyLossModule
+from ._sharding.checkpoints import load_checkpoint, save_checkpoint
 from ._sharding.layout import ShardedLayout
 from ._sharding.ranks import Ranks
 

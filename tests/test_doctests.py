@@ -6,7 +6,6 @@ import inspect
 import pytest
 
 from pml_multiproxy import (
-    _checkpoints,
     _kmeans,
     _register,
     distributed,
@@ -16,8 +15,9 @@ from pml_multiproxy import (
     regularizers,
     visualize,
 )
+from pml_multiproxy._sharding import checkpoints
 
-MODULES = [_checkpoints, _kmeans, _register, distributed, functional, losses, miners, regularizers, visualize]
+MODULES = [checkpoints, _kmeans, _register, distributed, functional, losses, miners, regularizers, visualize]
 
 
 @pytest.mark.parametrize("module", MODULES, ids=lambda module: module.__name__)

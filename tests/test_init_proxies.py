@@ -1,8 +1,7 @@
-"""Starting the proxies by k-means, with faiss and with scikit-learn."""
+"""Starting the proxies by k-means."""
 
 import copy
 import re
-import sys
 
 import pytest
 import torch
@@ -10,15 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pytorch_metric_learning import distances
 
-from pml_multiproxy import MultiProxyEntropyLoss, _kmeans
-
-
-@pytest.fixture(params=["faiss", "scikit-learn"])
-def library(request, monkeypatch):
-    if request.param == "scikit-learn":
-        monkeypatch.setattr(_kmeans, "find_spec", lambda name: None)
-        monkeypatch.setitem(sys.modules, "faiss", None)  # importing it would fail
-    return request.param
+from pml_multiproxy import MultiProxyEntropyLoss
 
 
 def clusters(per_cluster=20, spread=0.05):
@@ -28,7 +19,7 @@ def clusters(per_cluster=20, spread=0.05):
     return embeddings.flatten(0, 1), torch.arange(2).repeat_interleave(4 * per_cluster), centers
 
 
-def test_finds_the_clusters(library):
+def test_finds_the_clusters():
     embeddings, labels, centers = clusters()
     loss_func = MultiProxyEntropyLoss(2, 8, 4)
     loss_func.init_proxies(embeddings * 100 ** torch.rand(len(labels), 1), labels)  # lengths do not matter
@@ -39,7 +30,7 @@ def test_finds_the_clusters(library):
     torch.testing.assert_close(loss_func.proxy_usage, torch.full((2, 4), 0.25))
 
 
-def test_usage_is_the_share_of_samples(library):
+def test_usage_is_the_share_of_samples():
     embeddings, labels = torch.randn(90, 8), torch.randint(2, (90,))
     loss_func = MultiProxyEntropyLoss(2, 8, 4)
     loss_func.init_proxies(embeddings, labels)
@@ -69,14 +60,14 @@ def test_any_numbers_of_samples(seed, counts, per_class, distinct):
         assert len(loss_func.proxies[c].unique(dim=0)) == per_class
 
 
-def test_keeps_the_lengths_where_the_distance_does(library):
+def test_keeps_the_lengths_where_the_distance_does():
     embeddings, labels, centers = clusters()
     loss_func = MultiProxyEntropyLoss(2, 8, 4, distance=distances.LpDistance(normalize_embeddings=False))
     loss_func.init_proxies(3 * embeddings, labels)
     assert (torch.cdist(loss_func.proxies, 3 * centers).amin(dim=2) < 0.2).all()
 
 
-def test_is_the_same_under_the_same_seed(library):
+def test_is_the_same_under_the_same_seed():
     embeddings, labels = torch.randn(60, 8), torch.randint(3, (60,))
     results = []
     for seed in (1, 1, 2):
@@ -88,7 +79,7 @@ def test_is_the_same_under_the_same_seed(library):
     assert not results[0].equal(results[2])
 
 
-def test_few_samples_are_repeated_with_noise(library):
+def test_few_samples_are_repeated_with_noise():
     embeddings = torch.nn.functional.normalize(torch.randn(3, 8))
     loss_func = MultiProxyEntropyLoss(2, 8, 5)
     before = loss_func.proxies.detach().clone()
@@ -101,7 +92,7 @@ def test_few_samples_are_repeated_with_noise(library):
     assert loss_func.proxy_usage[1].equal(torch.full((5,), 0.2))
 
 
-def test_samples_that_are_all_the_same(library):
+def test_samples_that_are_all_the_same():
     loss_func = MultiProxyEntropyLoss(1, 8, 4)
     loss_func.init_proxies(torch.ones(50, 8), torch.zeros(50, dtype=torch.long))
     assert loss_func.proxies.isfinite().all()
@@ -109,7 +100,7 @@ def test_samples_that_are_all_the_same(library):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
-def test_dtypes(dtype, library):
+def test_dtypes(dtype):
     embeddings, labels, centers = clusters()
     loss_func = MultiProxyEntropyLoss(2, 8, 4).to(dtype)
     loss_func.init_proxies(embeddings.to(dtype).requires_grad_(), labels.to(torch.uint8))

@@ -3,23 +3,25 @@
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
-from retrieval_losses import (
+
+from .losses import (
+    CHANGES_BEFORE,
     CLASSES_ONLY,
     COUNTS,
-    DEFAULT_LR,
-    DEFAULTS,
+    DEFAULTS_BEFORE,
     FAMILIES,
+    OURS,
     REFERENCES,
-    SWEEPS,
+    SEVERAL_PROXIES,
     UNTRAINED,
     changes,
+    changes_before,
+    counts,
     load,
 )
-from retrieval_tasks import TASKS
+from .tasks import TASKS
 
-OURS = "MultiProxyEntropy"
 PEERS = [name for name in FAMILIES if name not in REFERENCES and not name.startswith(OURS)]
-SEVERAL_PROXIES = "SoftTriple", "SubCenterArcFace"
 TABLES = {
     "best here": "each loss in its configuration that was best on the validation part of the task",
     "best elsewhere": "one configuration per loss for everything: that which was best on validation of the other tasks",
@@ -29,20 +31,20 @@ RESAMPLES = 4000
 
 
 def chosen(runs, name, loss):
-    """The number of the configuration that each table takes; those that cannot be known yet are left out."""
-    tables = {"defaults": 0}
-    here, *others = (runs[task].validated(loss) for task in (name, *(task for task in TASKS if task != name)))
+    """The settings that each table takes; those that cannot be known yet are left out."""
+    configurations = load()[loss]
+    tables = {"defaults": configurations[0]}
+    here, *others = (runs[task].validated(loss) for task in (name, *like(name)))
     if here:
-        tables["best here"] = int(np.argmax(here))
+        tables["best here"] = configurations[int(np.argmax(here))]
     if all(others):
-        tables["best elsewhere"] = int(np.argmax(np.mean(relative(others), axis=0)))
-    if loss == OURS:
-        scores = swept(runs, name, loss)
-        if scores.keys() >= set(changes()):
-            ranking = sorted(changes(), key=lambda label: np.mean(scores[label]), reverse=True)
-            tables["changed"] = ranking[0]
-            tables["classes only"] = next(label for label in ranking if label.startswith(CLASSES_ONLY))
+        tables["best elsewhere"] = configurations[int(np.argmax(np.mean(relative(others), axis=0)))]
     return tables
+
+
+def like(name):
+    """The other tasks that have views, or have none, as this one."""
+    return [task for task in TASKS if task != name and task.endswith("views") == name.endswith("views")]
 
 
 def relative(scores):
@@ -225,9 +227,8 @@ def draw_proxies_per_class(runs, names, out):
 
 
 def draw_sensitivity(runs, names, out):
-    keys = [key for key in SWEEPS if key != "proxies_per_class"]
-    defaults = {key: value.default for key, value in DEFAULTS.items()}
-    defaults |= {"proxies_lr": DEFAULT_LR, "from_kmeans": False}
+    keys = [key for key in CHANGES_BEFORE if key != "proxies_per_class"]
+    defaults = DEFAULTS_BEFORE | {"margin": 0.0, "usage_momentum": 0.9, "from_kmeans": False}
     figure = Figure(figsize=(16, 8), layout="constrained")
     axes = figure.subplots(3, 4, sharey=True).flatten()
     for ax, key in zip(axes, keys, strict=False):

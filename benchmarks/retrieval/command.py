@@ -18,11 +18,14 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from .losses import FAMILIES, OURS, SEVERAL_PROXIES, UNTRAINED, changes, counts, load
-from .report import chosen, report
+from .losses import COARSE_SWEEPS, FAMILIES, OURS, UNTRAINED, load
+from .report import report
 from .runs import SECOND_SEED, VALIDATION_SEED, Runs
+from .selection import applies, candidates, chosen
+from .tables import COUNTS_OF_MUST
 from .tasks import IMAGE_TASKS, TASKS
 
+TESTED = ["defaults", "best here", "best elsewhere", "defaults before", "by agreement", "by fine labels"]
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -34,8 +37,14 @@ def plan(runs, name, args):
             yield "validation", loss, load()[loss][index], VALIDATION_SEED
     for seed in (VALIDATION_SEED, SECOND_SEED)[: args.sweep]:
         for loss in losses:
-            for settings in swept(loss, name).values():
-                yield "validation", loss, settings, seed
+            if loss == OURS or (loss in COARSE_SWEEPS and "coarse" in name):
+                for settings in COARSE_SWEEPS[loss]().values():
+                    yield "validation", loss, settings, seed
+    if args.agreement and "coarse" in name:
+        for loss in (loss for loss in losses if loss in COARSE_SWEEPS):
+            for settings in candidates(loss).values():
+                for seed in {VALIDATION_SEED, SECOND_SEED} - runs[name].assigned(loss, settings).keys():
+                    yield "agreement", loss, settings, seed
     for seed in range(args.seeds):
         yield "test", UNTRAINED, None, seed
         for table in args.tables:
@@ -43,19 +52,9 @@ def plan(runs, name, args):
                 settings = chosen(runs, name, loss).get(table)
                 if settings:
                     yield "test", loss, settings, seed
-
-
-def applies(loss, task):
-    """Of images, there are no inputs that k-means could cluster; without views, there is nothing to contrast."""
-    if FAMILIES[loss].needs_views:
-        return task.endswith("views")
-    return task in TASKS or FAMILIES[loss].several != "clusters"
-
-
-def swept(loss, task):
-    if loss == OURS:
-        return changes()
-    return counts(loss) if loss in SEVERAL_PROXIES and "coarse" in task else {}
+        if args.sweep and OURS in losses and name == "digits-coarse-views":
+            for count in COUNTS_OF_MUST:
+                yield "test", OURS, load()[OURS][0] | {"proxies_per_class": count}, seed
 
 
 def main(argv=None):
@@ -71,12 +70,10 @@ def main(argv=None):
     parser.add_argument("--configs", type=int, default=12, metavar="N", help="how many of each loss; default: all 12")
     parser.add_argument("--seeds", type=int, default=5, metavar="N", help="of the test; default: %(default)s")
     parser.add_argument(
-        "--tables",
-        nargs="*",
-        choices=["defaults", "best here", "best elsewhere"],
-        default=["defaults", "best here", "best elsewhere"],
-        metavar="TABLE",
-        help="what to test: %(choices)s; default: all",
+        "--tables", nargs="*", choices=TESTED, default=TESTED[:3], metavar="TABLE", help=f"what to test: {TESTED}"
+    )
+    parser.add_argument(
+        "--agreement", action="store_true", help="on coarse labels, also choose by the agreement of two seeds"
     )
     parser.add_argument(
         "--sweep", type=int, choices=[0, 1, 2], default=0, help="changes of our defaults, too, on one or two seeds"
@@ -95,4 +92,4 @@ def main(argv=None):
                 if not runs[name].has(*arguments):  # twice in the plan
                     runs[name].add(*arguments)
     if args.report:
-        report(runs, args.out)
+        report(runs, args.out, args.seeds)

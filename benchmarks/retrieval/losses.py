@@ -222,8 +222,20 @@ def changes_before():
 
 
 def counts(loss):
-    """The documented defaults with other numbers of proxies per class: settings by label."""
+    """The documented defaults of a peer with other numbers of proxies per class: settings by label."""
     return labelled(load()[loss][0], singles({FAMILIES[loss].several: COUNTS}))
+
+
+def soft_triple_changes():
+    return labelled(load()["SoftTriple"][0], singles({"centers_per_class": COUNTS, "gamma": [0.05, 0.2]}))
+
+
+def sub_center_changes():
+    return labelled(load()["SubCenterArcFace"][0], singles({"sub_centers": COUNTS, "scale": [10, 16, 30]}))
+
+
+COARSE_SWEEPS = {OURS: changes, "SoftTriple": soft_triple_changes, "SubCenterArcFace": sub_center_changes}
+"""Over the number of proxies and the temperature, for the losses whose proxies assign samples within a class."""
 
 
 def singles(values_by_key):

@@ -41,6 +41,13 @@ class Runs:
         row = self.get("validation", loss, settings).get(VALIDATION_SEED)
         return row and float(row["map_at_r"])
 
+    def assigned(self, loss, settings):
+        """By seed, the proxies that held-out samples are assigned to."""
+        rows = self.get("agreement", loss, settings) | self.get("validation", loss, settings)
+        again = self.get("agreement", loss, settings)
+        found = {seed: (row["assigned"] or again.get(seed, row)["assigned"]) for seed, row in rows.items()}
+        return {seed: text for seed, text in sorted(found.items()) if text}
+
     def validated(self, loss):
         """MAP@R on validation by configuration, or None where some are missing."""
         scores = [self.score(loss, settings) for settings in load()[loss]]
@@ -52,7 +59,7 @@ class Runs:
     def add(self, phase, loss, settings, seed):
         self.task = self.task or (TASKS | IMAGE_TASKS)[self.name](self.folder)
         start = time.perf_counter()
-        result = run(self.task, phase, loss, settings, seed)
+        result = run(self.task, "validation" if phase == "agreement" else phase, loss, settings, seed)
         row = {
             "task": self.name,
             "phase": phase,

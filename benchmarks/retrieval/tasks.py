@@ -23,8 +23,8 @@ from benchmarks.clinc import SIZE, ResidualHead
 
 OMNIGLOT = "omniglot/images_background_small1.zip", "omniglot/images_background_small2.zip"
 SOURCES = {
-    CLINC: "CLINC150 (github.com/clinc/oos-eval, data_full.json) as L2-normalised embeddings of all-MiniLM-L6-v2, with "
-    "arrays features, label, superclass, split (0 train, 1 validation, 2 test)",
+    CLINC: "CLINC150 (github.com/clinc/oos-eval) as L2-normalised sentence embeddings of all-MiniLM-L6-v2; "
+    "python -m benchmarks.clinc_features makes it",
     **dict.fromkeys(OMNIGLOT, "of Omniglot (github.com/brendenlake/omniglot, python/)"),
 }
 

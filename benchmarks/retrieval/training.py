@@ -83,14 +83,14 @@ def evaluate(network, data):
 
 
 def assigned(network, loss_func, data):
-    """One digit of base 64 for each sample: the proxy, of those of its class, that is nearest; "" without proxies."""
+    """Which proxy of its class is nearest: per class a word, per sample a digit of base 64; "" without proxies."""
     proxies = proxies_of(loss_func)
     if proxies is None:
         return ""
     labels = torch.unique(data.coarse, return_inverse=True)[1]
     directions = nn.functional.normalize(proxies.detach(), dim=2).cpu()
     nearest = torch.einsum("bd,bkd->bk", embed(network, data.x), directions[labels]).argmax(dim=1)
-    return "".join(DIGITS[k] for k in nearest)
+    return " ".join("".join(DIGITS[k] for k in nearest[labels == c]) for c in labels.unique())
 
 
 def proxies_of(loss_func):

@@ -1,9 +1,11 @@
 """The loss, as PyTorch Metric Learning knows losses."""
 
+from pathlib import Path
 from typing import Any
 
 from torch import distributed
 
+from . import _saving as saving
 from . import _validation as check
 from ._layout import LocalLayout
 from ._module import ProxyLossModule
@@ -176,6 +178,47 @@ class MultiProxyEntropyLoss(ProxyLossModule):
                 "proxies at random and onto samples of its own, and DistributedDataParallel relies on equal proxies"
             )
         self._start(LocalLayout(self.num_classes, usage_group), *self._drawn(self.num_classes))
+
+    def save(self, path: str | Path) -> None:
+        """Writes settings and state into one file, for :meth:`load`.
+
+        The distance, the reducer and the regularizers are described in it, not stored.
+
+        Args:
+            path: of the file, which is replaced if it is there.
+
+        >>> import tempfile, pathlib
+        >>> path = pathlib.Path(tempfile.mkdtemp()) / "loss.pt"
+        >>> MultiProxyEntropyLoss(num_classes=4, embedding_size=8, proxies_per_class=3, scale=20).save(path)
+        >>> MultiProxyEntropyLoss.load(path).scale
+        20.0
+        """
+        saving.write(self, path)
+
+    @classmethod
+    def load(cls, path: str | Path, map_location: Any = None, **kwargs: Any) -> "MultiProxyEntropyLoss":
+        """The loss that :meth:`save` wrote: its settings, proxies and usage, in their dtypes. Runs no code of the file.
+
+        Args:
+            path: of the file.
+            map_location: where to put the tensors, as ``torch.load`` takes it; ``None``: where they were.
+            **kwargs: what a file cannot hold, as the constructor takes it: ``distance``, ``reducer``, regularizers and
+                ``usage_group``. They have to be as they were.
+
+        Raises:
+            ValueError: for a file that :meth:`save` did not write, or a ``distance``, ``reducer`` or regularizer other
+                than the one that was saved.
+        """
+        settings, described, state = saving.read(path, map_location)
+        for name in sorted(settings.keys() & kwargs.keys()):
+            raise ValueError(f"{name} is in the file as {settings[name]!r}, got {kwargs[name]!r}: set it after loading")
+        loss_func = cls(**settings, **kwargs)
+        for name, description in described.items():
+            if (given := saving.describe(getattr(loss_func, name))) != description:
+                raise ValueError(f"{name} must be the one that was saved, {description}, got {given}")
+        loss_func.to(state["proxies"].device, state["proxies"].dtype)
+        loss_func.load_state_dict(state)
+        return loss_func
 
     @property
     def usage_group(self) -> "distributed.ProcessGroup | str | None":

@@ -22,7 +22,7 @@ MAX_STEPS = 100
 TOLERANCE = 1e-4
 """A run ends when a step lowers the inertia of no class by more than this part of it."""
 
-NUMBERS_PER_BATCH = 2**20
+NUMBERS_PER_BATCH = 2**18
 """So many coordinates of samples are held at a time, but at least one class: about what fits into a CPU's cache."""
 
 
@@ -97,7 +97,8 @@ def _centroids(samples: Tensor, real: Tensor, count: int, spherical: bool) -> Te
         centers, distinct = _plus_plus(samples, real, count)
         few = distinct < count
         moved, inertia = _lloyd(samples, real & ~few.unsqueeze(1), centers, origin, spherical)
-        moved = torch.where(few.view(-1, 1, 1), _repeated(centers, distinct, origin), moved)
+        if few.any():
+            moved = torch.where(few.view(-1, 1, 1), _repeated(centers, distinct, origin), moved)
         best = moved if best is None else torch.where((inertia < least).view(-1, 1, 1), moved, best)
         least = least.minimum(inertia)
         if not least.any():

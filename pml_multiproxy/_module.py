@@ -17,6 +17,7 @@ from torch import Tensor
 from . import _kmeans as kmeans
 from . import _nearest as nearest
 from . import _reseeding as reseeding
+from . import _saving as saving
 from . import _step as step
 from . import _validation as check
 from . import functional
@@ -245,9 +246,18 @@ class ProxyLossModule(WeightRegularizerMixin, BaseMetricLossFunction):  # type: 
     def get_default_weight_init_func(self) -> Callable[[Tensor], None]:
         return _unit_directions_
 
+    def settings(self) -> dict[str, Any]:
+        """The hyperparameters by name, as the constructor takes them.
+
+        >>> from pml_multiproxy import MultiProxyEntropyLoss
+        >>> MultiProxyEntropyLoss(num_classes=4, embedding_size=8, scale=20).settings()["scale"]
+        20.0
+        """
+        return {name: getattr(self, name) for name in [*SETTINGS, "classes_per_chunk"]}
+
     def extra_repr(self) -> str:
         """The settings, which ``print`` shows."""
-        return ", ".join(f"{name}={getattr(self, name)!r}" for name in [*SETTINGS, "classes_per_chunk"])
+        return ", ".join(f"{name}={value!r}" for name, value in self.settings().items())
 
     def _batch(
         self, embeddings: Tensor, labels: object, indices_tuple: object, ref_emb: object, ref_labels: object
@@ -301,7 +311,8 @@ class ProxyLossModule(WeightRegularizerMixin, BaseMetricLossFunction):  # type: 
     def _before_training(self, embeddings: Tensor, labels: Tensor) -> None:
         """Moves dead proxies, in place, and notices proxies that nothing trains."""
         proxies, usage = self._layout.local(self.proxies), self._layout.local(self.proxy_usage)
-        if self.proxies.requires_grad and not torch.compiler.is_compiling():
+        # Proxies that are computed, by a parametrization, are no leaf and belong to no optimizer.
+        if self.proxies.requires_grad and self.proxies.is_leaf and not torch.compiler.is_compiling():
             self._untrained.look(proxies, self.proxies.grad)
         if self.reseed_below and self.proxies.requires_grad and len(proxies):
             where, positions = points(self.distance, embeddings), self._layout.positions(labels)
@@ -366,6 +377,20 @@ class ProxyLossModule(WeightRegularizerMixin, BaseMetricLossFunction):  # type: 
         counts.index_put_((places, own.argmax(dim=1)), usage.new_ones(()), accumulate=True)
         usage[classes] = counts / counts.sum(dim=1, keepdim=True)
         self._layout.local(self.proxies)[classes] = centroids
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        metadata = getattr(destination, "_metadata", {}).get(prefix[:-1])
+        if metadata is not None:  # beside the keys of the state, which stay those of tensors
+            metadata["settings"] = self.settings()
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any
+    ) -> None:
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+        # How many classes are computed at a time does not change what is computed.
+        settings = {name: value for name, value in self.settings().items() if name != "classes_per_chunk"}
+        saving.warn_of_other_settings(local_metadata.get("settings", {}), settings)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ProxyLossModule":
         """Keeps the usage in float32 through ``half()`` and the like: its momentum would be lost in rounding."""

@@ -26,7 +26,7 @@ LOSS_FILE = "loss.pt"
 
 
 class MultiProxyEntropyLoss(nn.Module):
-    """:class:`pml_multiproxy.losses.MultiProxyEntropyLoss` on the embeddings of a ``SentenceTransformer``.
+    r""":class:`pml_multiproxy.losses.MultiProxyEntropyLoss` on the embeddings of a ``SentenceTransformer``.
 
     Use it with :class:`SentenceTransformerTrainer` of this module, which is the library's except that it saves and
     resumes the proxies. Name the proxies in ``learning_rate_mapping`` to give them a learning rate of their own: that
@@ -62,7 +62,7 @@ class MultiProxyEntropyLoss(nn.Module):
     Example:
         >>> from sentence_transformers import SentenceTransformerTrainingArguments
         >>> arguments = SentenceTransformerTrainingArguments(
-        ...     output_dir="out", learning_rate_mapping={r"loss_func\\.proxies": 1e-2}, report_to="none"
+        ...     output_dir="out", learning_rate_mapping={r"loss_func\.proxies": 1e-2}, report_to="none"
         ... )
         >>> loss = MultiProxyEntropyLoss(model, num_classes=5, proxies_per_class=10)  # doctest: +SKIP
         >>> trainer = SentenceTransformerTrainer(model, arguments, train_dataset, loss=loss)  # doctest: +SKIP

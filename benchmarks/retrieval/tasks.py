@@ -1,4 +1,4 @@
-"""What retrieval.py trains and evaluates on: the data of each task, its network, and how long it trains.
+"""What the losses are trained and evaluated on: the data of each task, its network, and how long it trains.
 
 ``cub``, ``cars196`` and ``sop`` are for a machine with a GPU: PML's own dataset classes, with a trunk from timm.
 """
@@ -13,17 +13,18 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from clinc import FILE as CLINC
-from clinc import SIZE, ResidualHead
 from PIL import Image, ImageOps
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 
+from benchmarks.clinc import FILE as CLINC
+from benchmarks.clinc import SIZE, ResidualHead
+
 OMNIGLOT = "omniglot/images_background_small1.zip", "omniglot/images_background_small2.zip"
 SOURCES = {
-    CLINC: "CLINC150 (github.com/clinc/oos-eval, data_full.json) as L2-normalised embeddings of all-MiniLM-L6-v2, with "
-    "arrays features, label, superclass, split (0 train, 1 validation, 2 test)",
+    CLINC: "CLINC150 (github.com/clinc/oos-eval) as L2-normalised sentence embeddings of all-MiniLM-L6-v2; "
+    "python -m benchmarks.clinc_features makes it",
     **dict.fromkeys(OMNIGLOT, "of Omniglot (github.com/brendenlake/omniglot, python/)"),
 }
 
@@ -51,6 +52,14 @@ class Task(NamedTuple):
     batch_size: int
     per_class: int | None = None
     """How many samples of a class a batch holds, where classes are many; None: batches are drawn at random."""
+    views: int = 1
+    """How many random views of each of its samples a batch holds, block by block."""
+    half_precision: bool = False
+    """Whether the network trains under autocast to bfloat16, which takes a third of the time on a recent CPU."""
+
+    @property
+    def has_coarse_labels(self):
+        return not torch.equal(self.train.coarse, self.train.fine)
 
     def phase(self, name):
         """What to train and what to evaluate on. For the test, validation data are trained on, too."""
@@ -189,12 +198,19 @@ def image_task(name, folder):
     return Task(*(Data(Images(paths), y, y) for paths, y in parts), pretrained_network, 512, 20, 128, per_class=4)
 
 
+def with_views(make_task, folder, **settings):
+    return make_task(folder)._replace(views=2, **settings)
+
+
 TASKS = {
     "digits-coarse": digits_coarse,
     "clinc-coarse": clinc_coarse,
     "omniglot-coarse": omniglot_coarse,
     "clinc-unseen": clinc_unseen,
     "omniglot-unseen": omniglot_unseen,
+    "digits-coarse-views": partial(with_views, digits_coarse),
+    "omniglot-coarse-views": partial(with_views, omniglot_coarse, half_precision=True),
+    "omniglot-unseen-views": partial(with_views, omniglot_unseen, half_precision=True),
 }
 IMAGE_TASKS = {
     "cub": partial(image_task, "CUB"),

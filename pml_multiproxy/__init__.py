@@ -1,6 +1,6 @@
 """Several balanced proxies per class, for PyTorch Metric Learning."""
 
-from . import functional, losses, miners, regularizers
+from . import functional, losses, miners, regularizers, views
 from ._register import register
 from .losses import MultiProxyEntropyLoss
 from .miners import MultiProxyMiner
@@ -18,4 +18,5 @@ __all__ = [
     "miners",
     "register",
     "regularizers",
+    "views",
 ]

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, distributed
 from torch.nn import functional as F
 
-from ._class_softmax import Sums
-from ._streaming import State
+from .._analytic.class_softmax import Sums
+from .._layout import Partial
 
 # The others are their names before PyTorch 2.13.
 _all_gather = getattr(distributed, "all_gather_single", None) or distributed.all_gather_into_tensor
@@ -89,33 +89,41 @@ class Ranks:
         _reduce_scatter(own, padded, group=self.group)
         return own[: sizes[self.rank]]
 
-    def complete(self, state: State, here: Tensor) -> State:
-        """From the state over the classes of this rank to that over all; ``here``: samples whose class is this rank's.
+    def reduce(self, partial: Partial, is_local: Tensor) -> Partial:
+        """From sums over the classes of this rank to those over all; ``is_local``: samples whose class is this rank's.
 
         Six numbers for each sample, whatever the number of classes.
         """
-        maximum = state.others.maximum.clone()
+        maximum = partial.others.maximum.clone()
         distributed.all_reduce(maximum, distributed.ReduceOp.MAX, group=self.group)
-        others = state.others.relative_to(maximum)
-        of_own_class = torch.where(here, torch.stack([state.own_pooled, state.intra, state.balance]), 0)
-        sums = torch.cat([torch.stack([others.z, others.t]), of_own_class])
-        distributed.all_reduce(sums, group=self.group)
+        others = partial.others.relative_to(maximum)
+        of_target = torch.stack([partial.target_similarity, partial.intra, partial.balance])
+        sums = self.sum(torch.cat([torch.stack([others.z, others.t]), torch.where(is_local, of_target, 0)]))
         z, t, *within_class = sums
-        return State(Sums(maximum, z, t), *within_class)
+        return Partial(Sums(maximum, z, t), *within_class)
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Over the ranks, in place."""
+        distributed.all_reduce(values, group=self.group)
+        return values
 
 
 class Gather(torch.autograd.Function):
-    """:meth:`Ranks.gather`, cast to ``dtype``, with its gradient: :meth:`Ranks.scatter`."""
+    """:meth:`Ranks.gather`, cast to ``dtype``, in ``order``, with its gradient: :meth:`Ranks.scatter`."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, sizes: list[int], dtype: torch.dtype, ranks: Ranks) -> Tensor:
-        ctx.sizes, ctx.dtype, ctx.ranks = sizes, rows.dtype, ranks
-        return ranks.gather(rows, sizes).to(dtype)
+    def forward(
+        ctx: Any, rows: Tensor, sizes: list[int], order: Tensor | None, dtype: torch.dtype, ranks: Ranks
+    ) -> Tensor:
+        ctx.sizes, ctx.order, ctx.dtype, ctx.ranks = sizes, order, rows.dtype, ranks
+        return in_order(ranks.gather(rows, sizes), order).to(dtype)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
+        if ctx.order is not None:
+            gradient = torch.empty_like(gradient).index_copy_(0, ctx.order, gradient)
         # Summed in the dtype of the loss, which is wider than that of embeddings under autocast.
-        return ctx.ranks.scatter(gradient, ctx.sizes).to(ctx.dtype), None, None, None
+        return ctx.ranks.scatter(gradient, ctx.sizes).to(ctx.dtype), None, None, None, None
 
 
 class ScaledGradient(torch.autograd.Function):
@@ -133,3 +141,15 @@ class ScaledGradient(torch.autograd.Function):
 
 def _pad(rows: Tensor, length: int) -> Tensor:
     return F.pad(rows, (0, 0, 0, length - len(rows))).contiguous()
+
+
+def order_of_views(sizes: list[int], views: int, device: torch.device) -> Tensor | None:
+    """Where the rows, rank by rank, have to come from so that they are view by view; ``None``: they are."""
+    if views == 1:
+        return None
+    blocks = torch.split(torch.arange(sum(sizes)), [size // views for size in sizes for _ in range(views)])
+    return torch.cat([block for view in range(views) for block in blocks[view::views]]).to(device)
+
+
+def in_order(rows: Tensor, order: Tensor | None) -> Tensor:
+    return rows if order is None else rows[order]

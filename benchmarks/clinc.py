@@ -37,8 +37,8 @@ class Data:
         path = Path(folder) / FILE
         if not path.exists():
             raise SystemExit(
-                f"{path} is missing: CLINC150 (github.com/clinc/oos-eval, data_full.json) as L2-normalised sentence "
-                "embeddings of all-MiniLM-L6-v2, with arrays features, label, superclass, split (0 train, 2 test)"
+                f"{path} is missing: CLINC150 (github.com/clinc/oos-eval) as L2-normalised sentence embeddings of "
+                "all-MiniLM-L6-v2; python -m benchmarks.clinc_features makes it"
             )
         arrays = np.load(path)
         features = torch.tensor(arrays["features"].astype("float32"))

@@ -26,7 +26,7 @@ import torch
 from speed import CPU, RESULTS, resident
 from torch import distributed
 
-from pml_multiproxy import _ranks
+from pml_multiproxy._sharding import ranks
 from pml_multiproxy.distributed import ShardedMultiProxyEntropyLoss
 
 Shape = namedtuple("Shape", "B C K D")
@@ -63,7 +63,7 @@ def formula(shape, processes):
 @contextmanager
 def counted(sent):
     """Counts the bytes that are handed to collectives."""
-    places = [(_ranks, "_all_gather", 1), (_ranks, "_reduce_scatter", 1), (distributed, "all_reduce", 0)]
+    places = [(ranks, "_all_gather", 1), (ranks, "_reduce_scatter", 1), (distributed, "all_reduce", 0)]
     originals = [getattr(module, name) for module, name, _ in places]
 
     def wrap(original, kind, position):

@@ -35,7 +35,7 @@ from pytorch_metric_learning import losses
 from tqdm import tqdm
 
 from pml_multiproxy import MultiProxyEntropyLoss
-from pml_multiproxy._streaming import CHUNK_BYTES
+from pml_multiproxy._analytic.chunks import CHUNK_BYTES
 
 RESULTS = Path(__file__).parent / "results"
 MEMORY_LIMIT_MB = 20_000

@@ -17,6 +17,7 @@ from torch import Tensor
 from . import _kmeans as kmeans
 from . import _nearest as nearest
 from . import _reseeding as reseeding
+from . import _saving as saving
 from . import _step as step
 from . import _validation as check
 from . import functional
@@ -203,10 +204,11 @@ class ProxyLossModule(WeightRegularizerMixin, BaseMetricLossFunction):  # type: 
     def init_proxies(self, embeddings: Tensor, labels: Tensor) -> None:
         """Starts the proxies of each class at the centroids of its samples, by k-means.
 
-        Uses faiss where it is installed, else scikit-learn. The same under the same seed of torch. Where the distance
-        normalizes embeddings, so does this, and the proxies get unit length. Fewer distinct samples than proxies are
-        repeated, with a little noise on the repetitions; classes without samples keep their proxies. The usage becomes
-        the share of the samples that each proxy is the nearest to. Long work shows a progress bar.
+        The same under the same seed of torch. Where the distance normalizes embeddings, so does this, the proxies get
+        unit length, and embeddings of zeros, which have no direction, are left out. Fewer distinct samples than proxies
+        are repeated, with a little noise on the repetitions; classes without samples keep their proxies. The usage
+        becomes the share of the samples that each proxy is the nearest to. Time is linear in the samples and classes;
+        long work shows a progress bar.
 
         The sharded loss takes the samples of the classes that its rank holds, and leaves out others.
 
@@ -215,7 +217,8 @@ class ProxyLossModule(WeightRegularizerMixin, BaseMetricLossFunction):  # type: 
             labels: ``(N,)``, integers in ``[0, C)``.
 
         Raises:
-            TypeError, ValueError: as when the loss is called, and for embeddings that are not finite.
+            TypeError, ValueError: as when the loss is called, and for embeddings that are not finite or so large that
+                distances to proxies overflow.
 
         >>> from pml_multiproxy import MultiProxyEntropyLoss
         >>> loss_func = MultiProxyEntropyLoss(num_classes=2, embedding_size=2, proxies_per_class=2)
@@ -243,9 +246,18 @@ class ProxyLossModule(WeightRegularizerMixin, BaseMetricLossFunction):  # type: 
     def get_default_weight_init_func(self) -> Callable[[Tensor], None]:
         return _unit_directions_
 
+    def settings(self) -> dict[str, Any]:
+        """The hyperparameters by name, as the constructor takes them.
+
+        >>> from pml_multiproxy import MultiProxyEntropyLoss
+        >>> MultiProxyEntropyLoss(num_classes=4, embedding_size=8, scale=20).settings()["scale"]
+        20.0
+        """
+        return {name: getattr(self, name) for name in [*SETTINGS, "classes_per_chunk"]}
+
     def extra_repr(self) -> str:
         """The settings, which ``print`` shows."""
-        return ", ".join(f"{name}={getattr(self, name)!r}" for name in [*SETTINGS, "classes_per_chunk"])
+        return ", ".join(f"{name}={value!r}" for name, value in self.settings().items())
 
     def _batch(
         self, embeddings: Tensor, labels: object, indices_tuple: object, ref_emb: object, ref_labels: object
@@ -299,7 +311,8 @@ class ProxyLossModule(WeightRegularizerMixin, BaseMetricLossFunction):  # type: 
     def _before_training(self, embeddings: Tensor, labels: Tensor) -> None:
         """Moves dead proxies, in place, and notices proxies that nothing trains."""
         proxies, usage = self._layout.local(self.proxies), self._layout.local(self.proxy_usage)
-        if self.proxies.requires_grad and not torch.compiler.is_compiling():
+        # Proxies that are computed, by a parametrization, are no leaf and belong to no optimizer.
+        if self.proxies.requires_grad and self.proxies.is_leaf and not torch.compiler.is_compiling():
             self._untrained.look(proxies, self.proxies.grad)
         if self.reseed_below and self.proxies.requires_grad and len(proxies):
             where, positions = points(self.distance, embeddings), self._layout.positions(labels)
@@ -347,14 +360,37 @@ class ProxyLossModule(WeightRegularizerMixin, BaseMetricLossFunction):  # type: 
     @torch.no_grad()
     def _start_by_kmeans(self, embeddings: Tensor, positions: Tensor) -> None:
         """Of samples of the classes of this process, at these positions among them."""
-        proxies, usage = self._layout.local(self.proxies), self._layout.local(self.proxy_usage)
         directions = self.distance.normalize_embeddings
-        classes, centroids = kmeans.starts(
-            points(self.distance, embeddings).float(), positions, self.proxies_per_class, directions
-        )
-        proxies[classes] = centroids.to(proxies)
-        own = nearest.to_target(self.distance, embeddings, positions, proxies).argmax(dim=1)
-        usage[classes] = _shares(positions, own, usage)[classes]
+        if directions:
+            has_one = embeddings.any(dim=1)
+            embeddings, positions = embeddings[has_one], positions[has_one]
+        classes, centroids = kmeans.start(embeddings, positions, self.proxies_per_class, spherical=directions)
+        centroids, places = centroids.to(self.proxies.dtype), torch.searchsorted(classes, positions)
+        own = nearest.to_target(self.distance, embeddings, places, centroids)
+        if not own.isfinite().all():
+            raise ValueError(
+                f"embeddings must be small enough for {type(self.distance).__name__} in {own.dtype}, got values up to "
+                f"{float(embeddings.abs().max()):.3g}, whose distances to proxies in {centroids.dtype} overflow"
+            )
+        usage = self._layout.local(self.proxy_usage)
+        counts = usage.new_zeros(len(classes), self.proxies_per_class)
+        counts.index_put_((places, own.argmax(dim=1)), usage.new_ones(()), accumulate=True)
+        usage[classes] = counts / counts.sum(dim=1, keepdim=True)
+        self._layout.local(self.proxies)[classes] = centroids
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        metadata = getattr(destination, "_metadata", {}).get(prefix[:-1])
+        if metadata is not None:  # beside the keys of the state, which stay those of tensors
+            metadata["settings"] = self.settings()
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any
+    ) -> None:
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+        # How many classes are computed at a time does not change what is computed.
+        settings = {name: value for name, value in self.settings().items() if name != "classes_per_chunk"}
+        saving.warn_of_other_settings(local_metadata.get("settings", {}), settings)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ProxyLossModule":
         """Keeps the usage in float32 through ``half()`` and the like: its momentum would be lost in rounding."""
@@ -363,12 +399,6 @@ class ProxyLossModule(WeightRegularizerMixin, BaseMetricLossFunction):  # type: 
         if self.proxy_usage.dtype != usage.dtype:
             self.proxy_usage = usage.to(self.proxy_usage.device)
         return self
-
-
-def _shares(positions: Tensor, own: Tensor, usage: Tensor) -> Tensor:
-    """How the samples of each class are spread over its proxies, like the usage; 0 for classes without samples."""
-    counts = torch.zeros_like(usage).index_put_((positions, own), usage.new_ones(()), accumulate=True)
-    return counts / counts.sum(dim=1, keepdim=True).clamp_min(1)
 
 
 @torch.no_grad()

@@ -5,17 +5,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, distributed
+from torch.distributed.tensor import DTensor
 
 from . import _validation as check
-from ._checkpoints import load_checkpoint, save_checkpoint
 from ._module import SETTINGS, ProxyLossModule
+from ._saving import describe
+from ._sharding.checkpoints import load_checkpoint, save_checkpoint
 from ._sharding.layout import ShardedLayout
 from ._sharding.ranks import Ranks
-
-try:
-    from torch.distributed.tensor import DTensor
-except ImportError:  # before PyTorch 2.5
-    from torch.distributed._tensor import DTensor  # type: ignore[attr-defined]
 
 __all__ = ["ShardedMultiProxyEntropyLoss", "load_checkpoint", "save_checkpoint"]
 
@@ -100,9 +97,9 @@ class ShardedMultiProxyEntropyLoss(ProxyLossModule):
         *,
         scale: float = 10.0,
         margin: float = 0.0,
-        pooling: str = "max",
+        pooling: str = "logsumexp",
         temperature: float = 0.1,
-        intra_weight: float = 0.25,
+        intra_weight: float = 0.5,
         inter_weight: float = 0.0,
         balance_weight: float = 0.5,
         usage_momentum: float = 0.9,
@@ -161,7 +158,7 @@ class ShardedMultiProxyEntropyLoss(ProxyLossModule):
         """What has to be the same on all ranks."""
         facts = {name: getattr(self, name) for name in SETTINGS}
         for name in ("distance", "reducer", "embedding_regularizer"):
-            facts[name] = _description(getattr(self, name))
+            facts[name] = describe(getattr(self, name))
         facts["parameters of the distance"] = [float(p.detach().double().sum()) for p in self.distance.parameters()]
         return {**facts, "collect_stats": self.collect_stats, "default dtype": torch.get_default_dtype()}
 
@@ -187,14 +184,3 @@ class ShardedMultiProxyEntropyLoss(ProxyLossModule):
             if isinstance(value, Tensor) and not isinstance(value, DTensor) and value.shape == whole:
                 state_dict[prefix + name] = self._layout.sharded(value[self.classes.start : self.classes.stop])
         super()._load_from_state_dict(state_dict, prefix, *args)
-
-
-def _description(module: torch.nn.Module | None) -> str:
-    """The class and the settings of a module of PML."""
-    statistics = getattr(module, "_record_these_stats", [])
-    settings = {name: value for name, value in sorted(vars(module).items()) if _is_plain(value)} if module else {}
-    return f"{type(module).__qualname__} { ({name: settings[name] for name in settings if name not in statistics}) }"
-
-
-def _is_plain(value: object) -> bool:
-    return value is None or isinstance(value, (bool, int, float, str))

@@ -1,9 +1,11 @@
 """The loss, as PyTorch Metric Learning knows losses."""
 
+from pathlib import Path
 from typing import Any
 
 from torch import distributed
 
+from . import _saving as saving
 from . import _validation as check
 from ._layout import LocalLayout
 from ._module import ProxyLossModule
@@ -44,10 +46,17 @@ class MultiProxyEntropyLoss(ProxyLossModule):
     random sample of its class, and gets an even share. Parameters change in place, so call ``backward`` before the next
     call. A frozen parameter (``requires_grad=False``) stays.
 
-    **Defaults.** They are the same for all tasks: of twelve configurations, the one with the highest mean of MAP@R over
-    five tasks, each relative to the best configuration on that task, on validation data (benchmarks/retrieval.py). With
-    any one of the tasks left out, the others choose it, too, except where that is CLINC150 with coarse labels, on which
-    it gains most. Where classes are one cluster, take a single proxy, or ``intra_weight=0`` and ``balance_weight=0``.
+    **Views.** With ``views=V`` from 2 on, a batch is :math:`V` blocks of equal length, and row :math:`i` of every block
+    is a view, a random augmentation, of the same sample. The intra-class entropy of a view then becomes the
+    cross-entropy of its assignment to those of the other views
+    (:func:`~pml_multiproxy.functional.cross_view_entropy`): views of a sample have to choose the same proxy. All else
+    is per row. :mod:`pml_multiproxy.views` makes such batches of a dataset with a random transform.
+
+    **Defaults.** They are the same for all tasks, with and without views: of twelve configurations, the one with the
+    highest mean of MAP@R over eight tasks, each relative to the best configuration on that task, on validation data
+    (benchmarks/retrieval). With any one of the tasks left out, the others choose it, too, except where that is Omniglot
+    with coarse labels and views, on which it gains most. Where classes are one cluster, take a single proxy, or
+    ``intra_weight=0`` and ``balance_weight=0``.
 
     Sources. Intra- and inter-class entropy: Yu, Zhang, Li, Zhang, *Multi-Proxy Learning from an Entropy Optimization
     Perspective*, IJCAI 2022, pp. 1594-1600, doi:10.24963/ijcai.2022/222. Only its abstract and the caption of its
@@ -55,7 +64,9 @@ class MultiProxyEntropyLoss(ProxyLossModule):
     reading of the paper's objective. Balance: mutual-information maximisation as known from discriminative clustering,
     applied within classes: RIM (Krause, Perona, Gomes, *Discriminative Clustering by Regularized Information
     Maximization*, NIPS 2010) and IMSAT (Hu et al., *Learning Discrete Representations via Information Maximizing
-    Self-Augmented Training*, ICML 2017).
+    Self-Augmented Training*, ICML 2017). Batches instead of a running mean have such a term in FALCON (ICML 2024).
+    Views: the self-augmentation of IMSAT, within classes; kin without classes are IIC (Ji, Henriques, Vedaldi,
+    *Invariant Information Clustering*, ICCV 2019) and SwAV (Caron et al., NeurIPS 2020).
 
     Args:
         num_classes: :math:`C`, at least 1.
@@ -140,9 +151,9 @@ class MultiProxyEntropyLoss(ProxyLossModule):
         *,
         scale: float = 10.0,
         margin: float = 0.0,
-        pooling: str = "max",
+        pooling: str = "logsumexp",
         temperature: float = 0.1,
-        intra_weight: float = 0.25,
+        intra_weight: float = 0.5,
         inter_weight: float = 0.0,
         balance_weight: float = 0.5,
         usage_momentum: float = 0.9,
@@ -176,6 +187,47 @@ class MultiProxyEntropyLoss(ProxyLossModule):
                 "proxies at random and onto samples of its own, and DistributedDataParallel relies on equal proxies"
             )
         self._start(LocalLayout(self.num_classes, usage_group), *self._drawn(self.num_classes))
+
+    def save(self, path: str | Path) -> None:
+        """Writes settings and state into one file, for :meth:`load`.
+
+        The distance, the reducer and the regularizers are described in it, not stored.
+
+        Args:
+            path: of the file, which is replaced if it is there.
+
+        >>> import tempfile, pathlib
+        >>> path = pathlib.Path(tempfile.mkdtemp()) / "loss.pt"
+        >>> MultiProxyEntropyLoss(num_classes=4, embedding_size=8, proxies_per_class=3, scale=20).save(path)
+        >>> MultiProxyEntropyLoss.load(path).scale
+        20.0
+        """
+        saving.write(self, path)
+
+    @classmethod
+    def load(cls, path: str | Path, map_location: Any = None, **kwargs: Any) -> "MultiProxyEntropyLoss":
+        """The loss that :meth:`save` wrote: its settings, proxies and usage, in their dtypes. Runs no code of the file.
+
+        Args:
+            path: of the file.
+            map_location: where to put the tensors, as ``torch.load`` takes it; ``None``: where they were.
+            **kwargs: what a file cannot hold, as the constructor takes it: ``distance``, ``reducer``, regularizers and
+                ``usage_group``. They have to be as they were.
+
+        Raises:
+            ValueError: for a file that :meth:`save` did not write, or a ``distance``, ``reducer`` or regularizer other
+                than the one that was saved.
+        """
+        settings, described, state = saving.read(path, map_location)
+        for name in sorted(settings.keys() & kwargs.keys()):
+            raise ValueError(f"{name} is in the file as {settings[name]!r}, got {kwargs[name]!r}: set it after loading")
+        loss_func = cls(**settings, **kwargs)
+        for name, description in described.items():
+            if (given := saving.describe(getattr(loss_func, name))) != description:
+                raise ValueError(f"{name} must be the one that was saved, {description}, got {given}")
+        loss_func.to(state["proxies"].device, state["proxies"].dtype)
+        loss_func.load_state_dict(state)
+        return loss_func
 
     @property
     def usage_group(self) -> "distributed.ProcessGroup | str | None":

@@ -26,7 +26,7 @@ LOSS_FILE = "loss.pt"
 
 
 class MultiProxyEntropyLoss(nn.Module):
-    """:class:`pml_multiproxy.losses.MultiProxyEntropyLoss` on the embeddings of a ``SentenceTransformer``.
+    r""":class:`pml_multiproxy.losses.MultiProxyEntropyLoss` on the embeddings of a ``SentenceTransformer``.
 
     Use it with :class:`SentenceTransformerTrainer` of this module, which is the library's except that it saves and
     resumes the proxies. Name the proxies in ``learning_rate_mapping`` to give them a learning rate of their own: that

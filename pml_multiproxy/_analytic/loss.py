@@ -196,5 +196,6 @@ def _split(tensors: Sequence[Tensor], sizes: Sequence[int]) -> Iterator[Sequence
 def _refuse_other_kinds_of_gradient(grad_losses: Tensor) -> None:
     if torch.is_grad_enabled():  # PyTorch's once_differentiable would let gradients pass that are wrong
         raise RuntimeError("the gradient of MultiProxyEntropyLoss cannot be differentiated: drop create_graph=True")
-    if torch._C._functorch.is_batchedtensor(grad_losses):
+    of_vmap = torch._C._functorch
+    if of_vmap.is_batchedtensor(grad_losses) or of_vmap.is_legacy_batchedtensor(grad_losses):
         raise RuntimeError("the gradient of MultiProxyEntropyLoss cannot be batched: drop is_grads_batched=True")

@@ -156,7 +156,7 @@ def draw(name, family):
 COUNTS = [1, 2, 5, 10, 15, 20, 30, 50]
 CHANGES = {
     "proxies_per_class": [2, 5, 10, 20, 50],
-    "temperature": [0.05, 0.2],
+    "temperature": [0.05, 0.07, 0.15, 0.2],
     "pooling": ["max"],
     "intra_weight": [0.25],
     "balance_weight": [0.7],

@@ -311,7 +311,8 @@ class ProxyLossModule(WeightRegularizerMixin, BaseMetricLossFunction):  # type: 
     def _before_training(self, embeddings: Tensor, labels: Tensor) -> None:
         """Moves dead proxies, in place, and notices proxies that nothing trains."""
         proxies, usage = self._layout.local(self.proxies), self._layout.local(self.proxy_usage)
-        if self.proxies.requires_grad and not torch.compiler.is_compiling():
+        # Proxies that are computed, by a parametrization, are no leaf and belong to no optimizer.
+        if self.proxies.requires_grad and self.proxies.is_leaf and not torch.compiler.is_compiling():
             self._untrained.look(proxies, self.proxies.grad)
         if self.reseed_below and self.proxies.requires_grad and len(proxies):
             where, positions = points(self.distance, embeddings), self._layout.positions(labels)

@@ -46,10 +46,17 @@ class MultiProxyEntropyLoss(ProxyLossModule):
     random sample of its class, and gets an even share. Parameters change in place, so call ``backward`` before the next
     call. A frozen parameter (``requires_grad=False``) stays.
 
-    **Defaults.** They are the same for all tasks: of twelve configurations, the one with the highest mean of MAP@R over
-    five tasks, each relative to the best configuration on that task, on validation data (benchmarks/retrieval.py). With
-    any one of the tasks left out, the others choose it, too, except where that is CLINC150 with coarse labels, on which
-    it gains most. Where classes are one cluster, take a single proxy, or ``intra_weight=0`` and ``balance_weight=0``.
+    **Views.** With ``views=V`` from 2 on, a batch is :math:`V` blocks of equal length, and row :math:`i` of every block
+    is a view, a random augmentation, of the same sample. The intra-class entropy of a view then becomes the
+    cross-entropy of its assignment to those of the other views
+    (:func:`~pml_multiproxy.functional.cross_view_entropy`): views of a sample have to choose the same proxy. All else
+    is per row. :mod:`pml_multiproxy.views` makes such batches of a dataset with a random transform.
+
+    **Defaults.** They are the same for all tasks, with and without views: of twelve configurations, the one with the
+    highest mean of MAP@R over eight tasks, each relative to the best configuration on that task, on validation data
+    (benchmarks/retrieval). With any one of the tasks left out, the others choose it, too, except where that is Omniglot
+    with coarse labels and views, on which it gains most. Where classes are one cluster, take a single proxy, or
+    ``intra_weight=0`` and ``balance_weight=0``.
 
     Sources. Intra- and inter-class entropy: Yu, Zhang, Li, Zhang, *Multi-Proxy Learning from an Entropy Optimization
     Perspective*, IJCAI 2022, pp. 1594-1600, doi:10.24963/ijcai.2022/222. Only its abstract and the caption of its
@@ -57,7 +64,9 @@ class MultiProxyEntropyLoss(ProxyLossModule):
     reading of the paper's objective. Balance: mutual-information maximisation as known from discriminative clustering,
     applied within classes: RIM (Krause, Perona, Gomes, *Discriminative Clustering by Regularized Information
     Maximization*, NIPS 2010) and IMSAT (Hu et al., *Learning Discrete Representations via Information Maximizing
-    Self-Augmented Training*, ICML 2017).
+    Self-Augmented Training*, ICML 2017). Batches instead of a running mean have such a term in FALCON (ICML 2024).
+    Views: the self-augmentation of IMSAT, within classes; kin without classes are IIC (Ji, Henriques, Vedaldi,
+    *Invariant Information Clustering*, ICCV 2019) and SwAV (Caron et al., NeurIPS 2020).
 
     Args:
         num_classes: :math:`C`, at least 1.
@@ -142,9 +151,9 @@ class MultiProxyEntropyLoss(ProxyLossModule):
         *,
         scale: float = 10.0,
         margin: float = 0.0,
-        pooling: str = "max",
+        pooling: str = "logsumexp",
         temperature: float = 0.1,
-        intra_weight: float = 0.25,
+        intra_weight: float = 0.5,
         inter_weight: float = 0.0,
         balance_weight: float = 0.5,
         usage_momentum: float = 0.9,

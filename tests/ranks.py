@@ -105,7 +105,7 @@ class Pool:
 
 def _serve(rank, of, timeout, folder, connected):
     warnings.simplefilter("error")
-    for message in ("TypedStorage is deprecated", "You are using `torch.load`"):  # torch 2.4's own checkpoints
+    for message in ("TypedStorage is deprecated", "You are using `torch.load`"):  # torch 2.5's checkpoints
         warnings.filterwarnings("ignore", message)
     torch.set_num_threads(1)
     store = distributed.FileStore(os.path.join(folder, "store"), of)

@@ -8,25 +8,36 @@ from datetime import timedelta
 import pytest
 from distributed_helpers import make_training, train
 from ranks import Pool
+from torch import distributed
 from torch.distributed.checkpoint import FileSystemWriter
 
 from pml_multiproxy.distributed import load_checkpoint, save_checkpoint
 
 TIMEOUT = timedelta(seconds=3)
+"""Of the training, once it runs; starting it may take longer on a busy machine."""
 
 
 @pytest.fixture
 def two():
     """Two ranks that nothing else needs."""
-    pool = Pool(2, TIMEOUT)
+    pool = Pool(2)
     yield pool
     pool.close()
 
 
+def trained(group):
+    """Module and optimizer after two steps, and their group, which does not wait for long."""
+    train(group, *make_training(group), range(1))
+    distributed.barrier(group)
+    impatient = distributed.new_group([0, 1], timeout=TIMEOUT)
+    model, optimizer = make_training(impatient)
+    train(impatient, model, optimizer, range(2))
+    return impatient, model, optimizer
+
+
 def step_after(group, breaks):
     """The second rank breaks before the last step; the first one asserts that it gets an error in time."""
-    model, optimizer = make_training(group)
-    train(group, model, optimizer, range(2))
+    group, model, optimizer = trained(group)
     if group.rank() == 1:
         time.sleep(600) if breaks == "hangs" else os._exit(1)
     with error_in_time():
@@ -34,8 +45,7 @@ def step_after(group, breaks):
 
 
 def save_after(group, folder):
-    model, optimizer = make_training(group)
-    train(group, model, optimizer, range(2))
+    group, model, optimizer = trained(group)
     save_checkpoint(folder, 2, model, optimizer, group)
     if group.rank() == 1:
         FileSystemWriter.write_data = lambda *_: os._exit(1)
@@ -48,16 +58,16 @@ def error_in_time():
     start = time.monotonic()
     with pytest.raises(RuntimeError):
         yield
-    assert time.monotonic() - start < TIMEOUT.total_seconds() + 4
+    assert time.monotonic() - start < TIMEOUT.total_seconds() + 10
 
 
 @pytest.mark.parametrize(("breaks", "outcome"), [("dies", "died"), ("hangs", "did not end")])
 def test_rank_that_fails_between_two_steps_ends_the_others(breaks, outcome, two):
-    assert two.outcomes(step_after, 2, limit=15, grace=15, wait_for=[0], breaks=breaks) == ["", outcome]
+    assert two.outcomes(step_after, 2, grace=60, wait_for=[0], breaks=breaks) == ["", outcome]
 
 
 def test_last_whole_checkpoint_loads_after_a_rank_died_writing_the_next(two, pool, tmp_path):
-    assert two.outcomes(save_after, 2, limit=15, grace=15, wait_for=[0], folder=tmp_path) == ["", "died"]
+    assert two.outcomes(save_after, 2, grace=60, wait_for=[0], folder=tmp_path) == ["", "died"]
     assert [path.name for path in tmp_path.iterdir()] == ["step-000000002"]
     pool.run(load, 1, folder=tmp_path)
 

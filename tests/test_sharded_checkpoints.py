@@ -1,14 +1,16 @@
 """Checkpoints of several ranks; of one process: test_checkpoints.py."""
 
+import inspect
 import time
 from pathlib import Path
 
 import pytest
 import torch
 from distributed_helpers import assert_close, make_training, train
-from ranks import on
+from ranks import TIMEOUT, on
 from torch import distributed
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.utils import _DistWrapper
 
 from pml_multiproxy.distributed import load_checkpoint, save_checkpoint
 
@@ -159,7 +161,7 @@ class error_at_once:  # noqa: N801
 
     def __exit__(self, *error):
         expected = self.expected.__exit__(*error)
-        assert time.monotonic() - self.start < 5
+        assert time.monotonic() - self.start < TIMEOUT.total_seconds() / 2
         distributed.barrier(self.group)
         return expected
 
@@ -241,6 +243,10 @@ def test_flipped_bit_is_noticed_on_all_ranks(group, tmp_path):
 
 
 @on(4)
+@pytest.mark.skipif(
+    "global_coordinator_rank" not in inspect.getsource(_DistWrapper),
+    reason="this PyTorch, as 2.5, cannot save from a group without process 0",
+)
 def test_two_jobs_of_several_ranks_never_write_a_mixture(group, tmp_path):
     """Each of two ranks."""
     jobs = [distributed.new_group(ranks) for ranks in ([0, 1], [2, 3])]

@@ -11,7 +11,7 @@ import sys
 import warnings
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import is_dataclass
 from enum import Enum
 from io import BytesIO
@@ -481,8 +481,7 @@ class _Planner(DefaultLoadPlanner):
     """Reads what is no tensor with ``weights_only=True``, and puts it into a dictionary that is flat."""
 
     def load_bytes(self, read_item: ReadItem, value: BytesIO) -> None:
-        safe_globals = getattr(torch.serialization, "safe_globals", lambda _: nullcontext())  # from PyTorch 2.5 on
-        with safe_globals(_OF_NUMPY_SCALARS):
+        with torch.serialization.safe_globals(_OF_NUMPY_SCALARS):
             self.original_state_dict[read_item.dest_index.fqn] = torch.load(value, weights_only=True)
 
 

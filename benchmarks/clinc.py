@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from pml_multiproxy.losses import MultiProxyEntropyLoss
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parent / "ablations" / "results"
 FILE = "clinc150_minilm.npz"
 SIZE = 384
 
@@ -37,8 +37,8 @@ class Data:
         path = Path(folder) / FILE
         if not path.exists():
             raise SystemExit(
-                f"{path} is missing: CLINC150 (github.com/clinc/oos-eval, data_full.json) as L2-normalised sentence "
-                "embeddings of all-MiniLM-L6-v2, with arrays features, label, superclass, split (0 train, 2 test)"
+                f"{path} is missing: CLINC150 (github.com/clinc/oos-eval) as L2-normalised sentence embeddings of "
+                "all-MiniLM-L6-v2; python -m benchmarks.clinc_features makes it"
             )
         arrays = np.load(path)
         features = torch.tensor(arrays["features"].astype("float32"))
@@ -50,8 +50,8 @@ class Data:
 
 
 def multi_proxy_entropy(num_classes, proxies_per_class, **settings):
-    """Our loss with the defaults that it had before retrieval.py chose others."""
-    before = {"temperature": 0.05, "intra_weight": 0.5, "inter_weight": 0.1}
+    """Our loss with the defaults that it had when these runs were made."""
+    before = {"pooling": "max", "temperature": 0.05, "intra_weight": 0.5, "inter_weight": 0.1}
     return MultiProxyEntropyLoss(num_classes, SIZE, proxies_per_class, **before | settings)
 
 

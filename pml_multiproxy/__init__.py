@@ -1,6 +1,6 @@
 """Several balanced proxies per class, for PyTorch Metric Learning."""
 
-from . import agreement, functional, losses, miners, regularizers
+from . import agreement, functional, losses, miners, regularizers, views
 from ._register import register
 from .losses import MultiProxyEntropyLoss
 from .miners import MultiProxyMiner
@@ -19,4 +19,5 @@ __all__ = [
     "miners",
     "register",
     "regularizers",
+    "views",
 ]

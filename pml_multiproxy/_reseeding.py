@@ -6,10 +6,10 @@ from torch import Tensor
 
 @torch.no_grad()
 def reseed_(proxies: Tensor, usage: Tensor, points: Tensor, labels: Tensor, below: float) -> None:
-    """In place, in each class of the batch that has one: moves one dead proxy, by lot, onto one sample, by lot.
+    """Moves, in place, one random dead proxy of each class of the batch onto a random sample of that class.
 
-    It gets an even share of the usage, so that it has time to win samples. Samples that are not finite, or all zero,
-    are not drawn. Nothing here makes a GPU wait.
+    A proxy that moves gets an even share of the usage, so that it has time to win samples. Samples that are not finite,
+    or all zero, are not drawn. Time and memory are linear in the batch; nothing here synchronises a device.
 
     Args:
         proxies: ``(C, K, D)``.
@@ -28,15 +28,24 @@ def reseed_(proxies: Tensor, usage: Tensor, points: Tensor, labels: Tensor, belo
         return
     points, even = points.to(proxies.dtype), 1 / usage.shape[1]
     eligible = points.isfinite().all(dim=1) & points.any(dim=1)
-    lots = torch.where(eligible, torch.rand(len(labels), device=points.device), -1)
-    # Every row does what the row that was drawn for its class does, so that all of them write the same.
-    drawn = torch.where(labels.unsqueeze(1) == labels, lots, -2).argmax(dim=1)
+    drawn, found = _draw_row_of_class(eligible, labels, len(usage))
     own_usage = usage[labels]
     dead = own_usage < below * even
-    moves = eligible[drawn] & dead.any(dim=1)
+    moves = found & dead.any(dim=1)
+    # Every row does what the row that was drawn for its class does, so that all rows of a class write the same.
     proxy = torch.where(dead, torch.rand(dead.shape, device=points.device), -1).argmax(dim=1)[drawn]
     place = labels, proxy
 
     proxies[place] = torch.where(moves.unsqueeze(1), points[drawn], proxies[place])
     shared = (own_usage * (1 - even)).scatter_add(1, proxy.unsqueeze(1), torch.full_like(own_usage[:, :1], even))
     usage[labels] = torch.where(moves.unsqueeze(1), shared, own_usage)
+
+
+def _draw_row_of_class(eligible: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
+    """For each row, a random eligible row of its class, the same for all rows of a class; and whether there is one."""
+    shuffled = torch.randperm(len(labels), device=labels.device)
+    # Ranks of a permutation, unlike random numbers, are never equal: the highest rank belongs to exactly one row.
+    rank = torch.empty_like(shuffled).scatter_(0, shuffled, torch.arange(len(labels), device=labels.device))
+    highest = labels.new_full((num_classes,), -1)
+    highest = highest.scatter_reduce(0, labels, torch.where(eligible, rank, -1), "amax")[labels]
+    return shuffled[highest.clamp_min(0)], highest >= 0

@@ -41,13 +41,15 @@ def one_of(name: str, value: object, allowed: Iterable[str]) -> str:
     return value
 
 
-def process_group(name: str, value: object) -> None:
-    if value is None:
+def process_group(name: str, value: object, also: str | None = None) -> None:
+    """``also``: a word that is allowed, too."""
+    if value is None or (also is not None and value == also):
         return
     # What new_group returns to the processes outside of the group is no ProcessGroup.
     if not distributed.is_available() or not isinstance(value, distributed.ProcessGroup):
+        words = "None" if also is None else f"None, {also!r}"
         raise TypeError(
-            f"{name} must be None or a torch.distributed.ProcessGroup that this process is in, got {value!r}"
+            f"{name} must be {words} or a torch.distributed.ProcessGroup that this process is in, got {value!r}"
         )
 
 
@@ -101,9 +103,9 @@ def indices_tuple(value: object, batch_size: int) -> None:
         return
     if not isinstance(value, (tuple, list)) or not all(isinstance(indices, Tensor) for indices in value):
         kinds = [type(item).__name__ for item in value] if isinstance(value, (tuple, list)) else type(value).__name__
-        raise TypeError(f"indices_tuple must be None or a tuple of 3 or 4 tensors, as PML's miners return, got {kinds}")
-    if len(value) not in (3, 4):
-        raise ValueError(f"indices_tuple must hold 3 tensors (triplets) or 4 (pairs), got {len(value)}")
+        raise TypeError(f"indices_tuple must be None or a tuple of 2 to 4 tensors, as PML's miners return, got {kinds}")
+    if len(value) not in (2, 3, 4):
+        raise ValueError(f"indices_tuple must hold 2 tensors, 3 (triplets) or 4 (pairs), got {len(value)}")
     for position, indices in enumerate(value):
         in_range(f"indices_tuple[{position}]", indices, batch_size, "the batch size")
 
@@ -114,9 +116,33 @@ def views(labels: Tensor, count: int) -> None:
         raise ValueError(f"the batch must be views = {count} blocks of equal length, got {len(labels)} embeddings")
     if count == 1 or torch.compiler.is_compiling() or labels.device.type != "cpu":
         return
-    blocks = labels.view(count, -1)
+    blocks = labels.reshape(count, -1)
     if not blocks.equal(blocks[:1].expand_as(blocks)):
         raise ValueError(
-            f"labels must be the same in each of the views = {count} blocks of the batch, since row i of every block is "
-            "a view of the same sample, got blocks that differ"
+            f"labels must be the same in each of the views = {count} blocks of the batch, since row i of every block "
+            "is a view of the same sample, got blocks that differ"
+        )
+
+
+def references(embeddings: object, labels: object, ref_emb: object, ref_labels: object, views: int) -> None:
+    """PML's wrappers give the embeddings as their own references; any others have no meaning for proxies."""
+    for name, reference, itself in (("ref_emb", ref_emb, embeddings), ("ref_labels", ref_labels, labels)):
+        if reference is not None and reference is not itself:
+            stacked = "; views of the same samples go into one batch: torch.cat([first, second])" if views > 1 else ""
+            raise ValueError(f"{name} must be None, got {type(reference).__name__}: proxies take its place{stacked}")
+
+
+def training_call() -> None:
+    """Whether the usage may be moved by this call."""
+    if torch.compiler.is_compiling():
+        return
+    if torch._C._current_graph_task_id() != -1:
+        raise RuntimeError(
+            "the loss must not be called within a backward pass while training, since each call moves the usage: "
+            "torch.utils.checkpoint may go around the network, but not around the loss"
+        )
+    if torch._C._are_functorch_transforms_active():
+        raise RuntimeError(
+            "a transform of torch.func must not call the loss while training, since each call moves the usage: "
+            "call loss_func.eval() first"
         )

@@ -162,7 +162,8 @@ def assignment_agreement(
     numbers, counts = np.unique(classes, return_counts=True)
     if counts.max(initial=0) < min_samples:
         raise ValueError(
-            f"labels must hold a class of at least min_samples={min_samples} samples, got at most {counts.max(initial=0)}"
+            f"labels must hold a class of at least min_samples={min_samples} samples, got at most "
+            f"{counts.max(initial=0)}"
         )
     by_class = np.split(np.argsort(classes, kind="stable"), counts.cumsum()[:-1])
     kept = {int(c): samples for c, samples in zip(numbers, by_class, strict=True) if len(samples) >= min_samples}

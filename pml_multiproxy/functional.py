@@ -283,8 +283,8 @@ def cross_view_entropy(own_similarities: Tensor, temperature: float, views: int)
 
     .. math:: H_\mathrm{intra}(i, a) = \frac{1}{V - 1} \sum_{b \ne a} -\sum_k q_i^a(k) \log q_i^b(k)
 
-    For two views it is :math:`H(q^a) + \mathrm{KL}(q^a \Vert q^b)`. Both sides get a gradient. Where all views are equal,
-    it is :func:`intra_class_entropy`.
+    For two views it is :math:`H(q^a) + \mathrm{KL}(q^a \Vert q^b)`. Both sides get a gradient. Where all views are
+    equal, it is :func:`intra_class_entropy`.
 
     Sources: the idea, without classes, is that of IMSAT (Hu et al., *Learning Discrete Representations via Information
     Maximizing Self-Augmented Training*, ICML 2017) and IIC (Ji, Henriques, Vedaldi, *Invariant Information Clustering*,
@@ -306,9 +306,9 @@ def cross_view_entropy(own_similarities: Tensor, temperature: float, views: int)
     tensor([0.8133, 0.6931])
     """
     log_q = F.log_softmax(own_similarities / temperature, dim=-1)
-    by_view = log_q.unflatten(0, (views, -1))
+    by_view = torch.unflatten(log_q, 0, (views, -1))
     others = (by_view.sum(dim=0, keepdim=True) - by_view) / (views - 1)
-    return -(by_view.exp() * others).sum(dim=-1).flatten()
+    return (by_view.exp() * others).sum(dim=-1).flatten().neg()
 
 
 def usage_sums(assignments: Tensor, labels: Tensor, num_classes: int) -> Tensor:

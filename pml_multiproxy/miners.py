@@ -7,6 +7,7 @@ from pytorch_metric_learning.miners import BaseMiner
 from torch import Tensor
 
 from . import _validation as check
+from ._similarity import similarities
 from .losses import MultiProxyEntropyLoss
 
 __all__ = ["MultiProxyMiner"]
@@ -61,11 +62,6 @@ class MultiProxyMiner(BaseMiner):  # type: ignore[misc]
     def __init__(self, loss_func: MultiProxyEntropyLoss, negative_margin: float = 0.0, **kwargs: Any) -> None:
         if not isinstance(loss_func, MultiProxyEntropyLoss):
             raise TypeError(f"loss_func must be a MultiProxyEntropyLoss, got {type(loss_func).__name__}")
-        if loss_func._held_proxies() is not loss_func.proxies:
-            raise TypeError(
-                f"loss_func must hold all of its proxies in this process, got a {type(loss_func).__name__}, whose "
-                "proxies are spread over processes"
-            )
         super().__init__(distance=loss_func.distance, **kwargs)
         # Past torch.nn.Module, which would count the loss's parameters twice where both are saved or trained.
         object.__setattr__(self, "loss_func", loss_func)
@@ -76,10 +72,11 @@ class MultiProxyMiner(BaseMiner):  # type: ignore[misc]
         self, embeddings: Tensor, labels: Tensor, ref_emb: Tensor, ref_labels: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """PML's hook."""
-        own_similarity, own_proxy = self._nearest("embeddings", embeddings, "labels", labels)
-        _, ref_proxy = self._nearest("ref_emb", ref_emb, "ref_labels", ref_labels)
+        own_proxy = self._nearest("embeddings", embeddings, "labels", labels)
+        ref_proxy = self._nearest("ref_emb", ref_emb, "ref_labels", ref_labels)
         anchor_proxies = self.loss_func.proxies.flatten(0, 1)[own_proxy]
-        to_anchor_proxies = self.loss_func._similarities(ref_emb, anchor_proxies).T
+        to_anchor_proxies = similarities(self.distance, ref_emb, anchor_proxies).T
+        own_similarity = similarities(self.distance, embeddings, anchor_proxies).diagonal()
 
         positive = own_proxy.unsqueeze(1) == ref_proxy
         if ref_emb is embeddings:
@@ -90,9 +87,9 @@ class MultiProxyMiner(BaseMiner):  # type: ignore[misc]
         other_anchors, negatives = torch.where(negative)
         return anchors, positives, other_anchors, negatives
 
-    def _nearest(self, name: str, embeddings: Tensor, labels_name: str, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Similarity to the nearest proxy of the own class, and its position among all proxies: each ``(B,)``."""
+    def _nearest(self, name: str, embeddings: Tensor, labels_name: str, labels: Tensor) -> Tensor:
+        """The position of the nearest proxy of the own class among all proxies, ``(B,)``."""
         check.embeddings(embeddings, self.loss_func.proxies, name)
         labels = check.labels(labels, len(embeddings), self.loss_func.num_classes, labels_name)
-        similarity, proxy = self.loss_func._to_own_proxies(embeddings, labels).max(dim=1)
-        return similarity, labels * self.loss_func.proxies_per_class + proxy
+        classes, proxies = self.loss_func.assign(embeddings, labels)
+        return classes * self.loss_func.proxies_per_class + proxies

@@ -9,8 +9,8 @@ from pytorch_metric_learning.regularizers import BaseRegularizer
 from pytorch_metric_learning.utils import common_functions as c_f
 from torch import Tensor
 
+from . import _autocast, functional
 from . import _validation as check
-from . import functional
 
 __all__ = ["ProxyEntropyRegularizer"]
 
@@ -111,7 +111,7 @@ class ProxyEntropyRegularizer(BaseRegularizer):  # type: ignore[misc]
     def _similarities(self, weights: Tensor) -> Tensor:
         """``(C, K, K)``: at ``[c, k, j]`` that of proxy ``k`` of class ``c`` to proxy ``j`` of the same class."""
         # The products are few, and in bfloat16 close proxies could not be told apart.
-        with torch.autocast(weights.device.type, enabled=False):
+        with _autocast.without(weights.device.type):
             values = _blocks_of(self.distance)(weights, self.proxies_per_class, self.distance)
         _record_norms(self.distance, weights)
         return values if self.distance.is_inverted else -values

@@ -4,6 +4,7 @@ import pytest
 import pytorch_metric_learning
 import torch
 from hypothesis import HealthCheck, settings
+from ranks import Pool
 
 from pml_multiproxy import MultiProxyEntropyLoss
 
@@ -28,6 +29,14 @@ def pytest_report_header():
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def pool():
+    """Four ranks, see :mod:`ranks`; started by the first test that needs them."""
+    pool = Pool()
+    yield pool
+    pool.close()
 
 
 @pytest.fixture

@@ -1,13 +1,17 @@
-"""Runs functions on several processes at once, in one spawn of them, within a time limit."""
+"""Ranks that stay: the processes of one group, to which tests send functions, and which answer how they went."""
 
+import functools
+import importlib
+import inspect
 import os
 import tempfile
 import time
 import traceback
 import warnings
 from datetime import timedelta
-from multiprocessing import get_context
+from multiprocessing import connection, get_context
 
+import pytest
 import torch
 from torch import distributed
 
@@ -15,88 +19,106 @@ SIZE = 4
 TIMEOUT = timedelta(seconds=20)
 """After which a rank gives up waiting for the others."""
 
-CASES = {}
-"""By name: the function, and on how many ranks it runs."""
 
+def on(*sizes):
+    """Makes a test of a function of a process group, which every rank of the group calls, for each size of the group.
 
-def on(*sizes, **arguments):
-    """Registers a function of a process group as a case for each size of the group; ``arguments`` are its own."""
-
-    def register(function):
-        for size in sizes:
-            label = ", ".join([function.__name__, *map(str, arguments.values()), f"{size} ranks"])
-            assert label not in CASES, label
-            CASES[label] = (function, size, arguments)
-        return function
-
-    return register
-
-
-def run(target, *arguments, size=SIZE, limit=180.0, wait_for=None):
-    """Calls ``target(rank, *arguments)`` on ``size`` processes; returns their exit codes, ``None`` where it hangs.
-
-    Waits for all, or those of ``wait_for``, at most ``limit`` seconds; then kills what is left.
+    Its other arguments are parameters or fixtures, as for any test; they are sent to the ranks. Without sizes here,
+    ``size`` is a parameter among them, which the function does not get.
     """
-    context = get_context("forkserver")
-    context.set_forkserver_preload(["pml_multiproxy.distributed"])  # once, instead of in every process
-    processes = [context.Process(target=target, args=(rank, *arguments)) for rank in range(size)]
-    end = time.monotonic() + limit
-    for process in processes:
-        process.start()
-    for rank in wait_for or range(size):
-        processes[rank].join(max(end - time.monotonic(), 0))
-    codes = [process.exitcode for process in processes]
-    for process in processes:
-        process.kill()
-        process.join()
-    return codes
+
+    def make_test(function):
+        @functools.wraps(function)
+        def test(pool, size, **arguments):
+            pool.run(function, size, **arguments)
+
+        _, *others = inspect.signature(function).parameters.values()
+        own = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in ("pool", "size")]
+        test.__signature__ = inspect.Signature([*own, *others])
+        ids = [f"{size} ranks" for size in sizes]
+        return pytest.mark.parametrize("size", sizes, ids=ids)(test) if sizes else test
+
+    return make_test
 
 
-def join(rank, folder, size=SIZE, timeout=TIMEOUT):
-    warnings.simplefilter("error")
-    torch.set_num_threads(1)
-    store = distributed.FileStore(os.path.join(folder, "store"), size)
-    distributed.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timeout)
+class Pool:
+    """Ranks that start with the first call, and anew with the next call after one that failed."""
 
+    def __init__(self, size=SIZE, timeout=TIMEOUT):
+        self.size, self.timeout, self._processes = size, timeout, []
 
-def run_all(cases):
-    """Runs all cases one after the other on one spawn. By name: what went wrong, by rank, in words."""
-    with tempfile.TemporaryDirectory() as folder:
-        run(_run_all_on, folder, cases)
-        outcomes = {}
-        for name in cases:
-            size = CASES[name][1]
-            outcomes[name] = [_read(os.path.join(folder, f"{rank} {_file(name)}")) for rank in range(size)]
+    def run(self, function, size=SIZE, **arguments):
+        """``function(group, **arguments)`` on the first ``size`` ranks; fails with the traceback of each that fails."""
+        outcomes = self.outcomes(function, size, **arguments)
+        if any(outcomes):
+            texts = [f"rank {rank}: {outcome}" for rank, outcome in enumerate(outcomes) if outcome]
+            pytest.fail("\n".join(texts), pytrace=False)
+
+    def outcomes(self, function, size, limit=120.0, grace=3.0, wait_for=None, **arguments):
+        """What went wrong, by rank, in words.
+
+        Waits for all ranks, or those of ``wait_for``, at most ``limit`` seconds, or ``grace`` after one has failed.
+        """
+        if not self._processes:
+            self._start()
+        for connected in self._connections:
+            connected.send((function.__module__, function.__qualname__, size, arguments))
+        outcomes = ["did not end"] * self.size
+        waiting = dict(zip(self._connections, range(self.size), strict=True))
+        end = time.monotonic() + limit
+        wait_for = set(range(self.size) if wait_for is None else wait_for)
+        while wait_for & set(waiting.values()) and (left := end - time.monotonic()) > 0:
+            for connected in connection.wait(list(waiting), left):
+                rank = waiting.pop(connected)
+                try:
+                    outcomes[rank] = connected.recv()
+                except EOFError:
+                    outcomes[rank] = "died"
+                if outcomes[rank]:
+                    end = min(end, time.monotonic() + grace)
+        if any(outcomes):
+            self.close()
         return outcomes
 
+    def _start(self):
+        context = get_context("forkserver")
+        context.set_forkserver_preload(["pml_multiproxy.distributed"])  # once, instead of in every process
+        self._folder = tempfile.TemporaryDirectory()
+        self._connections = []
+        for rank in range(self.size):
+            ours, theirs = context.Pipe()
+            settings = (rank, self.size, self.timeout, self._folder.name, theirs)
+            self._processes.append(context.Process(target=_serve, args=settings, daemon=True))
+            self._processes[-1].start()
+            self._connections.append(ours)
+            theirs.close()
 
-def _run_all_on(rank, folder, names):
-    import distributed_cases  # noqa: F401, which registers the cases where the process is a new one
+    def close(self):
+        for process in self._processes:
+            process.kill()
+        for process in self._processes:
+            process.join()
+        if self._processes:
+            self._folder.cleanup()
+        self._processes = []
 
-    join(rank, folder)
-    for name in names:
-        function, size, arguments = CASES[name]
-        group = distributed.new_group(list(range(size)), timeout=TIMEOUT)
-        if rank >= size:
-            continue
+
+def _serve(rank, of, timeout, folder, connected):
+    warnings.simplefilter("error")
+    for message in ("TypedStorage is deprecated", "You are using `torch.load`"):  # torch 2.5's checkpoints
+        warnings.filterwarnings("ignore", message)
+    torch.set_num_threads(1)
+    store = distributed.FileStore(os.path.join(folder, "store"), of)
+    distributed.init_process_group("gloo", store=store, rank=rank, world_size=of, timeout=timeout)
+    while True:
+        module, name, size, arguments = connected.recv()
+        group = distributed.new_group(list(range(size)), timeout=timeout)
         outcome = ""
-        try:
-            torch.manual_seed(0)
-            function(group, **arguments)
-        except BaseException:  # of which PyTorch's checkpoints raise some
-            outcome = traceback.format_exc()
-        with open(os.path.join(folder, f"{rank} {_file(name)}"), "w") as file:
-            file.write(outcome)
-    os._exit(0)  # past the shut-down of gloo, which waits for its other ends
-
-
-def _file(name):
-    return "".join(character if character.isalnum() else "_" for character in name)
-
-
-def _read(path):
-    try:
-        with open(path) as file:
-            return file.read()
-    except FileNotFoundError:
-        return "did not end"
+        if rank < size:
+            try:
+                torch.manual_seed(0)
+                function = inspect.unwrap(getattr(importlib.import_module(module), name))
+                function(group, **arguments)
+            except BaseException:  # also an exit of the process
+                outcome = traceback.format_exc()
+        connected.send(outcome)

@@ -53,8 +53,8 @@ def pool(similarities, pooling, scale, temperature):
     return sum(math.e ** (scale * s) for s in similarities).log() / scale
 
 
-def loss(x, y, proxies, usage, *, similarity, pooling, scale, temperature, margin, intra, inter, balance):
-    """The loss of one sample: embedding ``x`` (D,), label ``y``, proxies (C, K, D), usage (C, K)."""
+def loss(x, y, proxies, usage, others, *, similarity, pooling, scale, temperature, margin, intra, inter, balance):
+    """The loss of one sample: embedding ``x`` (D,), label ``y``, proxies (C, K, D), usage (C, K), its other views."""
     num_classes, per_class = usage.shape
     s = [[similarity(x, w) for w in of_class] for of_class in proxies]
     q = softmax([value / temperature for value in s[y]])
@@ -62,16 +62,28 @@ def loss(x, y, proxies, usage, *, similarity, pooling, scale, temperature, margi
     p = softmax([scale * value for value in z])
     classification = -softmax([scale * (z[c] - margin * (c == y)) for c in range(num_classes)])[y].log()
     balance_term = sum(q[k] * math.log(max(usage[y, k].item(), 1e-6)) for k in range(per_class))
+    views = [softmax([similarity(x, w) / temperature for w in proxies[y]]) for x in others] or [q]
+    cross_entropies = [-sum(a * b.log() for a, b in zip(q, other, strict=True)) for other in views]
     return (
         classification
-        + intra * entropy(q)
+        + intra * sum(cross_entropies) / len(cross_entropies)
         + inter * (math.log(num_classes) - entropy(p))
         + balance * (math.log(per_class) + balance_term)
     )
 
 
-def losses(embeddings, labels, proxies, usage, **settings):
-    return torch.stack([loss(x, int(y), proxies, usage, **settings) for x, y in zip(embeddings, labels, strict=True)])
+def losses(embeddings, labels, proxies, usage, *, views=1, **settings):
+    count = len(labels) // views
+
+    def others_of(i):
+        return [j for j in range(i % count, len(labels), count) if j != i]
+
+    return torch.stack(
+        [
+            loss(embeddings[i], int(labels[i]), proxies, usage, [embeddings[j] for j in others_of(i)], **settings)
+            for i in range(len(labels))
+        ]
+    )
 
 
 def updated_usage(embeddings, labels, proxies, usage, *, similarity, temperature, momentum):

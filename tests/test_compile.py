@@ -11,13 +11,14 @@ from pml_multiproxy import MultiProxyEntropyLoss, functional
 @pytest.mark.parametrize(
     "backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
 )  # inductor needs a C++ compiler
+@pytest.mark.parametrize("views", [1, 2])
 @pytest.mark.parametrize("pooling", functional.POOLINGS)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch", "ignore::DeprecationWarning:copyreg")
-def test_training_step_has_no_graph_breaks(backend, pooling, batch):
+def test_training_step_has_no_graph_breaks(backend, pooling, views, batch):
     torch._dynamo.reset()
-    embeddings, labels = batch
+    embeddings, labels = batch  # blocks of the same labels
     network = torch.nn.Linear(8, 8)
-    loss_func = MultiProxyEntropyLoss(3, 8, 4, pooling=pooling, margin=0.1)
+    loss_func = MultiProxyEntropyLoss(3, 8, 4, pooling=pooling, margin=0.1, views=views)
     eager = copy.deepcopy(loss_func)
 
     @torch.compile(fullgraph=True, backend=backend)
@@ -32,3 +33,24 @@ def test_training_step_has_no_graph_breaks(backend, pooling, batch):
         torch.testing.assert_close(loss, expected)
         torch.testing.assert_close(gradients, wanted)
         torch.testing.assert_close(loss_func.proxy_usage, eager.proxy_usage)
+
+
+class Classifier(torch.nn.Module):
+    def __init__(self, pooling):
+        super().__init__()
+        self.network = torch.nn.Linear(8, 8)
+        self.loss_func = MultiProxyEntropyLoss(5, 8, 3, pooling=pooling)
+
+    def forward(self, x):
+        return self.loss_func.get_logits(self.network(x))
+
+
+@pytest.mark.parametrize("pooling", functional.POOLINGS)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch", "ignore::DeprecationWarning:copyreg")
+def test_logits_export_with_a_batch_of_any_length(pooling):
+    model = Classifier(pooling).eval()
+    batch = torch.export.Dim("batch", min=1)
+    program = torch.export.export(model, (torch.randn(4, 8),), dynamic_shapes={"x": {0: batch}})
+    for count in (1, 7, 300):
+        x = torch.randn(count, 8)
+        torch.testing.assert_close(program.module()(x), model(x))

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import reference
 import torch
-from pytorch_metric_learning import distances
+from cases import DISTANCES, make_distance, memory_full_of_nan
 from torch.func import functional_call
 
 from pml_multiproxy import MultiProxyEntropyLoss, functional
@@ -13,19 +13,6 @@ from pml_multiproxy import MultiProxyEntropyLoss, functional
 SETTINGS = {"scale": 3.0, "temperature": 0.3, "margin": 0.1}
 WEIGHTS = {"intra": 0.7, "inter": 0.4, "balance": 0.6}
 
-DISTANCES = {
-    "cosine": (distances.CosineSimilarity, {}, reference.cosine),
-    "cosine squared": (distances.CosineSimilarity, {"power": 2}, lambda x, w: reference.cosine(x, w) ** 2),
-    "dot product": (distances.DotProductSimilarity, {"normalize_embeddings": False}, reference.dot),
-    "Lp, p=2": (distances.LpDistance, {}, reference.minus_lp(2)),
-    "Lp, p=1, power=2": (distances.LpDistance, {"p": 1, "power": 2}, reference.minus_lp(1, power=2)),
-    "Lp, p=3, not normalized": (
-        distances.LpDistance,
-        {"p": 3, "normalize_embeddings": False},
-        reference.minus_lp(3, normalized=False),
-    ),
-    "SNR": (distances.SNRDistance, {}, reference.minus_snr),
-}
 SHAPES = [(3, 4, 5), (4, 1, 3), (1, 3, 2), (2, 2, 1)]  # classes, proxies per class, batch
 TUPLES = {
     "no miner": lambda batch: None,
@@ -43,31 +30,39 @@ LAYOUTS = [  # three, so that the four miner tuples meet all of them
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 3e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
 
-def make(distance, shape, pooling="max", dtype=torch.float64, size=6):
+@pytest.fixture(autouse=True)
+def uninitialised_memory_shows():
+    with memory_full_of_nan():
+        yield
+
+
+def make(distance, shape, pooling="max", dtype=torch.float64, size=6, views=1, **options):
     torch.manual_seed(1)
     num_classes, per_class, batch = shape
-    cls, kwargs, similarity = DISTANCES[distance]
+    similarity = DISTANCES[distance][2]
     loss_func = MultiProxyEntropyLoss(
         num_classes,
         size,
         per_class,
         pooling=pooling,
-        distance=cls(**kwargs),
+        distance=make_distance(distance),
         intra_weight=WEIGHTS["intra"],
         inter_weight=WEIGHTS["inter"],
         balance_weight=WEIGHTS["balance"],
+        views=views,
         **SETTINGS,
+        **options,
     ).to(torch.float64 if dtype == torch.float64 else torch.float32)
     loss_func.proxy_usage.copy_(torch.rand(num_classes, per_class).softmax(dim=1))
-    embeddings = torch.randn(batch, size).to(dtype)
-    return loss_func, similarity, embeddings, torch.arange(batch) % num_classes
+    embeddings = torch.randn(views * batch, size).to(dtype)
+    return loss_func, similarity, embeddings, (torch.arange(batch) % num_classes).repeat(views)
 
 
 def reference_gradients(loss_func, similarity, embeddings, labels, indices_tuple):
     """The mean of the weighted losses and its gradients, all in float64."""
     x = embeddings.detach().double().requires_grad_()
     w = loss_func.proxies.detach().double().requires_grad_()
-    settings = {"similarity": similarity, "pooling": loss_func.pooling, **SETTINGS, **WEIGHTS}
+    settings = {"similarity": similarity, "pooling": loss_func.pooling, "views": loss_func.views, **SETTINGS, **WEIGHTS}
     losses = reference.losses(x, labels, w, loss_func.proxy_usage, **settings)
     loss = (losses * reference.miner_weights(indices_tuple, len(labels))).mean()
     return loss, *torch.autograd.grad(loss, [x, w])
@@ -113,6 +108,34 @@ def test_every_combination(distance, pooling, dtype):
         assert_equals_reference(loss_func, similarity, next(layouts)(embeddings), labels, indices(shape[2]))
 
 
+@pytest.mark.parametrize("views", [2, 3])
+@pytest.mark.parametrize("per_chunk", [None, 2])
+@pytest.mark.parametrize("pooling", functional.POOLINGS)
+@pytest.mark.parametrize("distance", DISTANCES)
+def test_views(distance, pooling, per_chunk, views):
+    for shape in SHAPES:
+        assert_equals_reference(*make(distance, shape, pooling, views=views, classes_per_chunk=per_chunk))
+
+
+STRIDES = {
+    "classes last": lambda w: w.transpose(0, 1).contiguous().transpose(0, 1),
+    "proxies last": lambda w: w.transpose(1, 2).contiguous().transpose(1, 2),
+    "every other": lambda w: w.repeat_interleave(2, dim=1)[:, ::2],
+    "one value for all": lambda w: w[:, :1, :1].expand_as(w),
+}
+
+
+@pytest.mark.parametrize("strides", STRIDES)
+@pytest.mark.parametrize("per_chunk", [None, 1])
+@pytest.mark.parametrize("distance", ["cosine", "L2"])
+def test_proxies_of_any_strides(distance, per_chunk, strides):
+    loss_func, similarity, embeddings, labels = make(distance, SHAPES[0], classes_per_chunk=per_chunk)
+    loss_func.pooling = "softmax"  # which has a gradient also where proxies are equal
+    loss_func.proxies.data = STRIDES[strides](loss_func.proxies.data)
+    assert strides == "one value for all" or not loss_func.proxies.is_contiguous()
+    assert_equals_reference(loss_func, similarity, embeddings, labels)
+
+
 @pytest.mark.parametrize("pooling", functional.POOLINGS)
 def test_eval_mode(pooling):
     loss_func, *rest = make("cosine", SHAPES[0], pooling)
@@ -126,10 +149,12 @@ def test_labels_of_any_integer_dtype(dtype):
     assert loss_func(embeddings, labels.to(dtype)).equal(expected)
 
 
+@pytest.mark.parametrize("views", [1, 2])
+@pytest.mark.parametrize("per_chunk", [None, 2])
 @pytest.mark.parametrize("pooling", functional.POOLINGS)
 @pytest.mark.parametrize("distance", DISTANCES)
-def test_gradcheck(pooling, distance):
-    loss_func, _, embeddings, labels = make(distance, SHAPES[0], pooling)
+def test_gradcheck(pooling, distance, per_chunk, views):
+    loss_func, _, embeddings, labels = make(distance, SHAPES[0], pooling, views=views, classes_per_chunk=per_chunk)
     loss_func.eval()
 
     def loss(embeddings, proxies):

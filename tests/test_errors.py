@@ -60,7 +60,8 @@ ARGUMENTS = [
             "usage_group",
             value,
             TypeError,
-            f"usage_group must be None or a torch.distributed.ProcessGroup that this process is in, got {value!r}",
+            f"usage_group must be None, 'world' or a torch.distributed.ProcessGroup that this process is in, "
+            f"got {value!r}",
         )
         for value in (0, "gloo", -100)  # the last is what new_group returns to other processes
     ),
@@ -138,17 +139,40 @@ def test_get_logits_and_assign(case, loss_func):
 
 @pytest.mark.parametrize("name", ["ref_emb", "ref_labels"])
 def test_references(name, loss_func):
-    with pytest.raises(ValueError, match=re.escape(f"{name} must be None, got Tensor")):
-        loss_func(x, y, **{name: x if name == "ref_emb" else y})
+    with pytest.raises(ValueError, match=re.escape(f"{name} must be None, got Tensor: proxies take its place")):
+        loss_func(x, y, **{name: x.clone() if name == "ref_emb" else y.clone()})
+
+
+def test_references_with_views():
+    loss_func = MultiProxyEntropyLoss(3, 8, views=2)
+    with pytest.raises(ValueError, match=re.escape("views of the same samples go into one batch: torch.cat(")):
+        loss_func(x, y, ref_emb=x.clone(), ref_labels=y)
+
+
+def test_references_that_are_the_batch_itself(loss_func):
+    expected = loss_func.eval()(x, y)
+    assert loss_func(x, y, ref_emb=x, ref_labels=y).equal(expected)
+    assert loss_func.compute_loss(embeddings=x, labels=y)["loss"]["losses"].shape == (4,)
+
+
+def test_views():
+    loss_func = MultiProxyEntropyLoss(3, 8, views=2)
+    for value, error in ((0, ValueError), (2.0, TypeError), (True, TypeError)):
+        with pytest.raises(error, match=re.escape(f"views must be an int of at least 1, got {value!r}")):
+            MultiProxyEntropyLoss(3, 8, views=value)
+    with pytest.raises(ValueError, match="the batch must be views = 2 blocks of equal length, got 3 embeddings"):
+        loss_func(x[:3], y[:3])
+    with pytest.raises(ValueError, match=r"labels must be the same in each of the views = 2 blocks of the batch"):
+        loss_func(x, y)
 
 
 i = torch.tensor([0, 1])
 TUPLES = {
-    "a tensor": (i, TypeError, "indices_tuple must be None or a tuple of 3 or 4 tensors, as PML's miners return, "
+    "a tensor": (i, TypeError, "indices_tuple must be None or a tuple of 2 to 4 tensors, as PML's miners return, "
         "got Tensor"),
-    "lists": (([0], [1], [2]), TypeError, "indices_tuple must be None or a tuple of 3 or 4 tensors, as PML's miners "
+    "lists": (([0], [1], [2]), TypeError, "indices_tuple must be None or a tuple of 2 to 4 tensors, as PML's miners "
         "return, got ['list', 'list', 'list']"),
-    "two tensors": ((i, i), ValueError, "indices_tuple must hold 3 tensors (triplets) or 4 (pairs), got 2"),
+    "one tensor": ((i,), ValueError, "indices_tuple must hold 2 tensors, 3 (triplets) or 4 (pairs), got 1"),
     "an index too large": ((i, i + 3, i), ValueError, "indices_tuple[1] must lie in [0, 3] (the batch size is 4), "
         "got values from 3 to 4"),
 }  # fmt: skip

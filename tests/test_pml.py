@@ -16,7 +16,7 @@ from torch.utils.data import TensorDataset
 
 import pml_multiproxy
 from pml_multiproxy import MultiProxyEntropyLoss
-from pml_multiproxy.losses import STATISTICS
+from pml_multiproxy._statistics import Statistics
 
 # The trainer's progress bar does that with every loss.
 pytestmark = pytest.mark.filterwarnings("ignore:Converting a tensor with requires_grad=True")
@@ -111,22 +111,22 @@ def test_hooks_write_the_statistics(tmp_path):
         rows = list(csv.DictReader(file))
     assert len(rows) == 2 * len(arguments["dataset"]) // 12
     with sqlite3.connect(tmp_path / "csv" / "logs.db") as database:
-        stored = database.execute(f"select {', '.join(STATISTICS)} from {table}").fetchall()
+        stored = database.execute(f"select {', '.join(Statistics._fields)} from {table}").fetchall()
     assert len(stored) == len(rows)
     for row, values in zip(rows, stored, strict=True):
-        assert [float(row[name]) for name in STATISTICS] == pytest.approx(values)
+        assert [float(row[name]) for name in Statistics._fields] == pytest.approx(values)
         assert 0 < float(row["classification_loss"]) < 10
         assert 0 <= float(row["intra_class_entropy"]) <= 1.387
         assert 0 <= float(row["inter_class_entropy"]) <= 1.099
         assert 0 < float(row["proxies_in_use"]) <= 1
         assert 1 <= float(row["usage_perplexity"]) <= 4.001
         assert 1 <= float(row["min_effective_proxies"]) <= float(row["effective_proxies"])
-        assert row["pooling"] == "max"
+        assert row["pooling"] == "logsumexp"
         assert float(row["scale"]) == 10
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    assert {f"{table}/{name}" for name in STATISTICS} <= set(events.Tags()["scalars"])
+    assert {f"{table}/{name}" for name in Statistics._fields} <= set(events.Tags()["scalars"])
     # The models that the hooks saved load again, the loss among them.
     saved = torch.load(tmp_path / "models" / "metric_loss_2.pth", weights_only=True)
     assert saved["proxies"].equal(loss_func.proxies)
@@ -143,7 +143,7 @@ def test_statistics_are_means_of_the_terms(batch):
         + 0.5 * loss_func.balance
     )
     assert loss == pytest.approx(composed, rel=1e-5)
-    assert all(type(getattr(loss_func, name)) is float for name in STATISTICS)
+    assert all(type(getattr(loss_func, name)) is float for name in Statistics._fields)
 
 
 def test_share_of_proxies_in_use(batch):
@@ -185,7 +185,7 @@ def test_statistics_of_an_empty_batch_are_zero(batch):
     loss_func = MultiProxyEntropyLoss(3, 8, 4, collect_stats=True)
     loss_func(*batch)
     loss_func(batch[0][:0], batch[1][:0])
-    assert all(getattr(loss_func, name) == 0 for name in STATISTICS)
+    assert all(getattr(loss_func, name) == 0 for name in Statistics._fields)
 
 
 def test_statistics_are_not_collected_unless_asked_for(loss_func, batch):
@@ -209,7 +209,8 @@ def test_subclass_of_cosine_similarity_computes_what_it_says(batch):
         def compute_mat(self, query_emb, ref_emb):
             return 2 * super().compute_mat(query_emb, ref_emb)
 
-    plain, doubled = MultiProxyEntropyLoss(3, 8, 4), MultiProxyEntropyLoss(3, 8, 4, distance=Doubled())
+    plain = MultiProxyEntropyLoss(3, 8, 4, pooling="max")
+    doubled = MultiProxyEntropyLoss(3, 8, 4, pooling="max", distance=Doubled())
     doubled.load_state_dict(plain.state_dict())
     torch.testing.assert_close(doubled.get_logits(batch[0]), 2 * plain.get_logits(batch[0]))
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from dataset_folders import cars196, cub200, stanford_online_products
 
-from pml_multiproxy.losses import STATISTICS
+from pml_multiproxy._statistics import Statistics
 
 ROOT = Path(__file__).parent.parent
 EXAMPLE = ROOT / "examples" / "powerful_benchmarker"
@@ -94,7 +94,7 @@ def test_proxies_move(table, out, loss, proxies):
 
 def test_records_hold_our_statistics(table, out):
     for fold in folds(out / OURS):
-        rows = records(fold, "metric_loss_MultiProxyEntropyLoss", STATISTICS)
+        rows = records(fold, "metric_loss_MultiProxyEntropyLoss", Statistics._fields)
         assert len(rows) == EPOCHS * ITERATIONS
         assert all(len(set(column)) > 1 for column in zip(*rows, strict=True))
 

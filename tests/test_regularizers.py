@@ -291,6 +291,98 @@ def test_autocast_changes_nothing(distance):
     assert values.equal(expected)
 
 
+@pytest.mark.parametrize("distance", ["cosine", "subclass of cosine", "L2"])
+def test_a_device_without_autocast(distance):
+    weights = make_weights(3, 4, torch.float32).to("meta").requires_grad_()
+    ProxyEntropyRegularizer(4, distance=DISTANCES[distance][0])(weights).backward()
+    assert weights.grad.is_meta
+
+
+LAYOUTS = {
+    "transposed": lambda weights: weights.T.contiguous().T,
+    "every other row": lambda weights: weights.repeat_interleave(2, dim=0)[::2],
+    "every other column": lambda weights: weights.repeat_interleave(2, dim=1)[:, ::2],
+    "flattened classes and proxies, swapped": lambda weights: (
+        weights.view(3, 4, -1).transpose(0, 1).contiguous().transpose(0, 1).flatten(0, 1)
+    ),
+    "with an offset": lambda weights: torch.cat([weights[:1], weights])[1:],
+}
+
+
+@pytest.fixture
+def nan_in_new_memory():
+    """Whatever is read before it is written is NaN."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("distance", DISTANCES)
+@pytest.mark.usefixtures("nan_in_new_memory")
+def test_memory_layouts(distance, layout):
+    regularizer = ProxyEntropyRegularizer(4, TEMPERATURE, distance=DISTANCES[distance][0])
+    plain = make_weights(3, 4).requires_grad_()
+    strided = LAYOUTS[layout](plain.detach()).requires_grad_()
+    values, expected = penalties(regularizer, strided), penalties(regularizer, plain)
+    torch.testing.assert_close(values, expected)
+    values.square().sum().backward()
+    expected.square().sum().backward()
+    torch.testing.assert_close(strided.grad, plain.grad)
+
+
+@pytest.mark.parametrize("distance", DISTANCES)
+def test_shared_memory(distance):
+    """One row for all proxies, as ``expand`` has it: the gradient is the sum of theirs."""
+    regularizer = ProxyEntropyRegularizer(4, TEMPERATURE, distance=DISTANCES[distance][0])
+    row, copies = torch.randn(1, SIZE).requires_grad_(), torch.randn(1, SIZE)
+    values = penalties(regularizer, torch.cat([row.expand(4, SIZE), copies.expand(4, SIZE)]))
+    torch.testing.assert_close(values, torch.full((8,), math.log(4)))
+    values.sum().backward()
+    torch.testing.assert_close(row.grad, torch.zeros_like(row))
+    torch.testing.assert_close(penalties(regularizer, copies.expand(8, SIZE)), values.detach())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("distance", DISTANCES)
+def test_an_edit_in_place_before_backward_changes_no_gradient(distance, dtype):
+    """It raises where autograd still needs the weights, and changes nothing where it does not."""
+    regularizer = ProxyEntropyRegularizer(4, TEMPERATURE, distance=DISTANCES[distance][0])
+    weights = make_weights(3, 4, dtype).requires_grad_()
+    (expected,) = torch.autograd.grad(penalties(regularizer, weights).sum(), weights)
+    values = penalties(regularizer, weights)
+    with torch.no_grad():
+        weights.mul_(-3).add_(1)
+    try:
+        (gradient,) = torch.autograd.grad(values.sum(), weights)
+    except RuntimeError as error:
+        assert re.search("modified (by an )?inplace", str(error))  # noqa: PT017
+    else:
+        torch.testing.assert_close(gradient, expected)
+
+
+@pytest.mark.parametrize("distance", ["cosine", "L2"])
+def test_a_proxy_that_is_not_finite_stays_within_its_class(distance):
+    regularizer = ProxyEntropyRegularizer(4, TEMPERATURE, distance=DISTANCES[distance][0])
+    weights = make_weights(3, 4)
+    (expected,) = torch.autograd.grad(penalties(regularizer, weights.requires_grad_()).sum(), weights)
+    weights = weights.detach().clone()
+    weights[5, 0] = float("nan")
+    values = penalties(regularizer, weights.requires_grad_()).view(3, 4)
+    assert values[[0, 2]].isfinite().all()
+    (gradient,) = torch.autograd.grad(values[[0, 2]].sum(), weights)
+    torch.testing.assert_close(gradient.view(3, 4, SIZE)[[0, 2]], expected.view(3, 4, SIZE)[[0, 2]])
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:copyreg")
+def test_compiles_without_graph_breaks():
+    regularizer, weights = ProxyEntropyRegularizer(4, TEMPERATURE), make_weights(3, 4, torch.float32)
+    compiled = torch.compile(lambda weights: penalties(regularizer, weights), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(weights), penalties(regularizer, weights))
+
+
 def multi_proxy(classes, per_class, **kwargs):
     loss_func = MultiProxyEntropyLoss(classes, 16, per_class, **kwargs)
     return loss_func.eval(), loss_func.proxies, lambda parameter: parameter

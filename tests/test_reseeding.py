@@ -9,8 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pytorch_metric_learning import distances
 from torch.nn.functional import normalize
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from pml_multiproxy import MultiProxyEntropyLoss
+from pml_multiproxy._reseeding import reseed_
 
 BELOW = 0.1
 """Of an even share of four proxies: dead below 0.025."""
@@ -199,3 +202,66 @@ def test_compiles_without_graph_breaks(loss_func, batch):
     assert changed.sum(dim=1).tolist() == [0, 1, 1]
     assert changed[1, 3]
     assert compiled.proxies.grad.isfinite().all()
+
+
+def test_draws_samples_and_dead_proxies_evenly():
+    """Each of 4 eligible samples with each of 3 dead proxies, in 12,000 classes: 1,000 times each."""
+    classes = 12_000
+    proxies, usage = torch.full((classes, 5, 1), -1.0), torch.tensor([0.0, 0.5, 0.0, 0.5, 0.0]).repeat(classes, 1)
+    labels = torch.arange(classes).repeat_interleave(6)
+    points = torch.tensor([[1.0], [float("nan")], [2.0], [3.0], [0.0], [4.0]]).repeat(classes, 1)
+    order = torch.randperm(len(labels))
+    reseed_(proxies, usage, points[order], labels[order], below=0.1)
+    moved = proxies.squeeze(2) > 0
+    assert (moved.sum(dim=1) == 1).all()
+    pairs = torch.stack([moved.long().argmax(dim=1), proxies.squeeze(2)[moved].long()])
+    values, counts = pairs.unique(dim=1, return_counts=True)
+    assert values.T.tolist() == [[k, x] for k in (0, 2, 4) for x in (1, 2, 3, 4)]
+    chi_squared = ((counts - 1000) ** 2 / 1000).sum()
+    assert chi_squared < 31.3  # 11 degrees of freedom: one time in a thousand by chance
+
+
+class LargestTensor(TorchDispatchMode):
+    """How many numbers the largest result of an operation has."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        sizes = [leaf.numel() for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+        self.numbers = max(self.numbers, *sizes, 0)
+        return result
+
+
+def test_memory_is_linear_in_the_batch():
+    proxies, usage = torch.empty(7, 3, 5, device="meta"), torch.empty(7, 3, device="meta")
+    points, labels = torch.empty(20_000, 5, device="meta"), torch.empty(20_000, dtype=torch.long, device="meta")
+    with LargestTensor() as largest:
+        reseed_(proxies, usage, points, labels, below=0.1)
+    assert largest.numbers == 20_000 * 5
+
+
+def test_memory_layouts():
+    """Views that share their storage with other numbers, which stay."""
+    storage, usage_storage = torch.zeros(3, 2, 8), torch.tensor([[0.0, 9.0], [1.0, 9.0]]).expand(3, 2, 2).clone()
+    proxies, usage = storage.transpose(1, 2)[:, ::4], usage_storage[..., 0]
+    points, labels = torch.ones(2, 6).T, torch.tensor([0, 7, 2, 7, 2, 7, 0, 7, 2, 7, 0, 7])[::2]
+    reseed_(proxies, usage, points, labels, below=0.1)
+    assert proxies[:, 0].tolist() == [[1, 1], [0, 0], [1, 1]]
+    assert usage.tolist() == [[0.5, 0.5], [0.0, 1.0], [0.5, 0.5]]
+    assert storage.sum() == 4
+    assert (usage_storage[..., 1] == 9).all()
+    assert not proxies[:, 1].any()
+
+
+def test_points_that_the_proxies_cannot_hold_are_not_drawn():
+    proxies, usage = torch.zeros(1, 2, 1, dtype=torch.float16), torch.tensor([[1.0, 0.0]])
+    for points in ([[1e30], [1e-30]], [[1e30], [1e-30], [2.0]]):
+        reseed_(proxies, usage, torch.tensor(points), torch.zeros(len(points), dtype=torch.long), below=0.1)
+        assert proxies[0, 1, 0] == (2 if len(points) == 3 else 0)
+
+
+def test_a_usage_that_is_not_a_number_moves_nothing():
+    proxies, usage = torch.zeros(1, 2, 1), torch.full((1, 2), float("nan"))
+    reseed_(proxies, usage, torch.ones(3, 1), torch.zeros(3, dtype=torch.long), below=0.1)
+    assert not proxies.any()

@@ -30,7 +30,7 @@ def soft_triple():
 
 def sub_center_arcface():
     return (
-        losses.MultiProxyEntropyLoss(CLASSES, SIZE, 3, scale=20, **WITHOUT_ENTROPIES),
+        losses.MultiProxyEntropyLoss(CLASSES, SIZE, 3, scale=20, pooling="max", **WITHOUT_ENTROPIES),
         pml_losses.SubCenterArcFaceLoss(num_classes=CLASSES, embedding_size=SIZE, sub_centers=3, margin=0, scale=20),
         "W",
     )

@@ -4,22 +4,22 @@ import copy
 import gc
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
+from cases import computed_by, make_distance
 from hypothesis import given
 from hypothesis import strategies as st
 from pytorch_metric_learning import distances
 
-from pml_multiproxy import MultiProxyEntropyLoss, _poolings, _streaming, functional
+from pml_multiproxy import MultiProxyEntropyLoss, functional
+from pml_multiproxy._analytic import chunks, poolings
 
 DISTANCES = {
-    "cosine": distances.CosineSimilarity,
+    **{name: partial(make_distance, name) for name in ("cosine", "dot product", "L2", "SNR")},
     "cosine with statistics": lambda: distances.CosineSimilarity(collect_stats=True),
-    "dot product": lambda: distances.DotProductSimilarity(normalize_embeddings=False),
-    "L2": distances.LpDistance,
     "L1 squared, not normalized": lambda: distances.LpDistance(p=1, power=2, normalize_embeddings=False),
-    "SNR": distances.SNRDistance,
 }
 CASES = {  # classes, proxies per class, classes per chunk
     "all at once": (7, 3, 7),
@@ -32,19 +32,18 @@ CASES = {  # classes, proxies per class, classes per chunk
 }
 
 
-def plain(loss_func):
-    """The same loss by plain autograd on the equations, which is what it compiles from."""
-    loss_func = copy.deepcopy(loss_func)
-    loss_func._by_hand = lambda embeddings, labels, *_: loss_func._by_autograd(embeddings, labels)
-    return loss_func
-
-
 def step(loss_func, embeddings, labels, indices_tuple=None, autocast=None):
     embeddings = embeddings.detach().clone().requires_grad_()
     with torch.autocast("cpu", autocast, autocast is not None):
         loss = loss_func(embeddings, labels, indices_tuple)
     loss.backward()
     return loss.detach(), embeddings.grad, loss_func.proxies.grad, loss_func.proxy_usage.clone()
+
+
+def plain_step(loss_func, *arguments, **keywords):
+    """The same of a copy of the loss, by plain autograd on the equations."""
+    with computed_by("autograd"):
+        return step(copy.deepcopy(loss_func), *arguments, **keywords)
 
 
 @pytest.mark.parametrize("mined", [False, True])
@@ -67,7 +66,7 @@ def test_equals_plain_autograd(distance, pooling, case, mined):
     ).double()
     embeddings, labels = torch.randn(9, 6, dtype=torch.float64), torch.randint(num_classes, (9,))
     indices_tuple = (torch.tensor([0, 1]), torch.tensor([2, 1]), torch.tensor([5, 8])) if mined else None
-    expected = step(plain(loss_func), embeddings, labels, indices_tuple)
+    expected = plain_step(loss_func, embeddings, labels, indices_tuple)
     actual = step(loss_func, embeddings, labels, indices_tuple)
     torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
 
@@ -81,9 +80,9 @@ def test_float32_is_no_worse_than_plain_autograd(pooling, per_chunk):
         torch.manual_seed(seed)
         loss_func = MultiProxyEntropyLoss(7, 16, 3, pooling=pooling, scale=64, classes_per_chunk=per_chunk)
         embeddings, labels = torch.randn(32, 16), torch.randint(7, (32,))
-        exact = step(plain(copy.deepcopy(loss_func).double()), embeddings.double(), labels)
-        for name, other in (("plain", plain(loss_func)), ("ours", loss_func)):
-            values = step(other, embeddings, labels)
+        exact = plain_step(copy.deepcopy(loss_func).double(), embeddings.double(), labels)
+        for name, take in (("plain", plain_step), ("ours", step)):
+            values = take(loss_func, embeddings, labels)
             errors[name] += torch.stack([(v - e).abs().mean() for v, e in zip(values[:3], exact[:3], strict=True)])
     assert (errors["ours"] <= 1.6 * errors["plain"]).all(), errors
 
@@ -141,9 +140,9 @@ def test_autocast(per_chunk, distance, dtype, pooling, batch):
     loss_func = MultiProxyEntropyLoss(3, 8, 4, classes_per_chunk=per_chunk, **settings)
     loss_func.eval()
     loss_func.proxies.data *= 0.5 + torch.rand(3, 4, 1)
-    expected = step(plain(loss_func), *batch, autocast=dtype)
+    expected = plain_step(loss_func, *batch, autocast=dtype)
     actual = step(loss_func, *batch, autocast=dtype)
-    exact = step(plain(loss_func), *batch)
+    exact = plain_step(loss_func, *batch)
     assert [value.dtype for value in actual] == [torch.float32] * 4
     torch.testing.assert_close(actual[0], expected[0])
     for i in (1, 2):
@@ -177,12 +176,12 @@ def test_cosine_does_not_depend_on_lengths(length, per_chunk):
 @pytest.mark.parametrize("per_chunk", [1, 2, 7])
 @pytest.mark.parametrize("pooling", functional.POOLINGS)
 def test_equally_near_proxies_share_the_gradient(pooling, per_chunk, monkeypatch):
-    monkeypatch.setattr(_streaming, "CHUNK_BYTES", 1)  # also where all is kept, there are several chunks
+    monkeypatch.setattr(chunks, "CHUNK_BYTES", 1)  # also where all is kept, there are several chunks
     loss_func = MultiProxyEntropyLoss(7, 6, 3, pooling=pooling, classes_per_chunk=per_chunk).double().eval()
     loss_func.proxies.data[:, 1] = loss_func.proxies.data[:, 0]
     batch = torch.randn(9, 6, dtype=torch.float64), torch.randint(7, (9,))
     actual = step(loss_func, *batch)
-    torch.testing.assert_close(actual, step(plain(loss_func), *batch), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(actual, plain_step(loss_func, *batch), rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(actual[2][:, 0], actual[2][:, 1])
 
 
@@ -193,7 +192,7 @@ def test_proxies_too_short_for_a_direction(per_chunk):
     loss_func.proxies.data[1] *= 1e-13
     loss_func.proxies.data[2] = 0
     embeddings, labels = torch.randn(9, 6, dtype=torch.float64), torch.randint(7, (9,))
-    expected = step(plain(loss_func), embeddings, labels)
+    expected = plain_step(loss_func, embeddings, labels)
     torch.testing.assert_close(step(loss_func, embeddings, labels), expected, rtol=1e-9, atol=1e-9)
 
 
@@ -223,7 +222,8 @@ def test_rows_that_are_not_finite_do_not_touch_the_losses_of_others():
 @pytest.mark.parametrize("distance", ["cosine", "L2"])
 def test_logits_and_assignment_do_not_depend_on_chunks(distance, per_chunk):
     loss_func = MultiProxyEntropyLoss(7, 6, 3, distance=DISTANCES[distance]())
-    loss_func.proxies.data[5] = loss_func.proxies.data[1]  # the first of equally near proxies is taken
+    # The first of equally near proxies is taken. Unit vectors are equally near in whatever order products are summed.
+    loss_func.proxies.data[[1, 5]] = torch.eye(3, 6)
     embeddings = torch.cat([torch.randn(9, 6), loss_func.proxies.detach()[5]])
     expected = loss_func.get_logits(embeddings), *loss_func.assign(embeddings)
     loss_func.classes_per_chunk = per_chunk
@@ -231,19 +231,19 @@ def test_logits_and_assignment_do_not_depend_on_chunks(distance, per_chunk):
     assert (loss_func.assign(embeddings)[0] != 5).all()
 
 
-@pytest.mark.parametrize("pooling", _poolings.POOLINGS)
+@pytest.mark.parametrize("pooling", poolings.POOLINGS)
 def test_keeps_one_number_per_similarity(pooling):
     gc.collect()
     others = {id(thing) for thing in gc.get_objects()}
-    made = _poolings.POOLINGS[pooling](torch.randn(5, 7, 11), 10.0, 0.1)
-    unpool = made.differentiate(compact=False)
+    made = poolings.POOLINGS[pooling](torch.randn(5, 7, 11), 10.0, 0.1)
+    derivative = made.derivative(compact=False)
     del made
     gc.collect()
     held = [
         x for x in gc.get_objects() if id(x) not in others and isinstance(x, torch.Tensor) and x.numel() >= 5 * 7 * 11
     ]
     assert len(held) == 1
-    assert unpool(torch.ones(5, 11)).shape == (5, 7, 11)
+    assert derivative.times(torch.ones(5, 11)).shape == (5, 7, 11)
 
 
 def test_empty_batch():
@@ -259,7 +259,7 @@ def test_chunks_are_chosen_by_the_sizes_alone():
         proxies = torch.empty(*shape, 4, device="meta")
         if device == "cpu":
             proxies = torch.empty(1, device="cpu").expand(*shape, 4)
-        return _streaming.make_plan(chosen, batch_size, proxies, torch.float32)
+        return chunks.make_plan(chosen, batch_size, proxies, torch.float32)
 
     in_cache = 2**21 // (256 * 5 * 4)
     assert plan(256, 11318, 5) == (in_cache, True)  # 58 MB

@@ -1,0 +1,88 @@
+"""The losses over pairs that PML has only as parts: each is NT-Xent with pairs of its own.
+
+PML's ``NTXentLoss`` compares every positive with every negative pair of the batch; here a row of the similarities is
+compared with itself, which gives the same value in far less time and memory.
+"""
+
+import torch
+from pytorch_metric_learning import losses
+from torch import nn
+
+
+def similarities(embeddings):
+    directions = nn.functional.normalize(embeddings)
+    return directions @ directions.T
+
+
+def info_nce(similarity, positive, negative, temperature):
+    """As ``NTXentLoss``: each pair of ``positive`` against the pairs of ``negative`` in its row, on the mean."""
+    logits = similarity / temperature
+    others = logits.masked_fill(~negative, torch.finfo(logits.dtype).min).logsumexp(dim=1, keepdim=True)
+    return nn.functional.softplus(others - logits)[positive].mean()
+
+
+def equal(labels):
+    return labels.unsqueeze(0) == labels.unsqueeze(1)
+
+
+def others(mask):
+    """Without the pair of each row with itself."""
+    return mask.clone().fill_diagonal_(False)
+
+
+class EasyPositives(nn.Module):
+    """NT-Xent of each sample with the nearest sample of its class, against all samples of other classes.
+
+    ``NTXentLoss`` with ``BatchEasyHardMiner(pos_strategy="easy", neg_strategy="all")``: Xuan, Stylianou, Pless,
+    *Improved Embeddings with Easy Positive Triplet Mining*, WACV 2020; Levi et al., *Rethinking Preventing
+    Class-Collapsing in Metric Learning with Margin-based Losses*, ICCV 2021.
+    """
+
+    def __init__(self, temperature=0.07):
+        super().__init__()
+        self.temperature = temperature
+
+    def forward(self, embeddings, labels):
+        similarity, same = similarities(embeddings), equal(labels)
+        nearest = similarity.masked_fill(~others(same), -2).argmax(dim=1, keepdim=True)
+        positive = others(same) & torch.zeros_like(same).scatter(1, nearest, True)
+        return info_nce(similarity, positive, ~same, self.temperature)
+
+
+class SoftmaxAndInstances(nn.Module):
+    """NormalizedSoftmax, plus NT-Xent between the views of a sample, against all other samples of the batch.
+
+    As Grafit (Touvron et al., ICCV 2021) and ANCOR (Bukchin et al., CVPR 2021) learn fine classes from coarse labels.
+    """
+
+    def __init__(self, num_classes, size, views, temperature=0.05, contrast_temperature=0.07, contrast_weight=1.0):
+        super().__init__()
+        self.views, self.weight, self.temperature = views, contrast_weight, contrast_temperature
+        self.softmax = losses.NormalizedSoftmaxLoss(num_classes, size, temperature=temperature)
+
+    def forward(self, embeddings, labels):
+        same = equal(samples_of(labels, self.views))
+        contrast = info_nce(similarities(embeddings), others(same), ~same, self.temperature)
+        return self.softmax(embeddings, labels) + self.weight * contrast
+
+
+class Spread(nn.Module):
+    """Supervised contrast, plus InfoNCE between the views of a sample against the other samples of its class.
+
+    Chen et al., *Perfectly Balanced: Improving Transfer and Robustness of Supervised Contrastive Learning*, ICML 2022.
+    """
+
+    def __init__(self, views, temperature=0.1, conditional_weight=0.5):
+        super().__init__()
+        self.views, self.weight, self.temperature = views, conditional_weight, temperature
+        self.supervised = losses.SupConLoss(temperature=temperature)
+
+    def forward(self, embeddings, labels):
+        same = equal(samples_of(labels, self.views))
+        conditional = info_nce(similarities(embeddings), others(same), equal(labels) & ~same, self.temperature)
+        return (1 - self.weight) * self.supervised(embeddings, labels) + self.weight * conditional
+
+
+def samples_of(labels, views):
+    """The number of the sample that each row is a view of."""
+    return torch.arange(len(labels) // views, device=labels.device).repeat(views)

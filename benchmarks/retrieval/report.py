@@ -1,0 +1,49 @@
+"""The tables and pictures of the retrieval benchmark, made of its CSV files alone."""
+
+from .pictures import draw_bars, draw_proxies_per_class, draw_sensitivity, swept_before
+from .runs import SWEEP_SEEDS
+from .selection import with_any_test
+from .tables import against_best_peer, changed_defaults, choice_by_agreement, choice_of_defaults, musts, of_losses
+
+TABLES = {
+    "best here": "each loss in its configuration that was best on the validation part of the task",
+    "best elsewhere": "one configuration per loss: that which was best on validation of the other tasks with as many "
+    "views",
+    "defaults": "untouched defaults",
+}
+OPEN = "*open: not all runs are there yet; differences are to the best of the peers that have all.*"
+
+
+def report(runs, out, seeds):
+    parts = {}
+    for which, title in TABLES.items():
+        title = title[0].upper() + title[1:]
+        parts[title] = join(of_losses(runs, which, seeds), against_best_peer(runs, which, seeds))
+        if with_any_test(runs):
+            draw_bars(runs, which, title, out / f"{which.replace(' ', '_')}.png", seeds)
+    parts["What the defaults have to reach"] = musts(runs, seeds)
+    for which, title in {
+        "changed": "changed as was best on validation",
+        "classes only": "without terms within classes",
+    }.items():
+        parts[f"The defaults before, {title}; each peer at its best"] = against_best_peer(
+            runs, "best here", seeds, ours_by=which, title="ours, changed"
+        )
+    parts["Our loss on the validation parts, by configuration"] = choice_of_defaults(runs)
+    parts["Our defaults with one change, on the validation parts"] = changed_defaults(runs, SWEEP_SEEDS[:1])
+    parts["The same over two seeds"] = changed_defaults(runs, SWEEP_SEEDS)
+    parts["Chosen without fine labels, by the agreement of two seeds, on the test parts"] = choice_by_agreement(
+        runs, seeds
+    )
+    text = join(*(f"**{title}**\n\n{table}" for title, table in parts.items() if table))
+    if "open" in text:
+        text = join(OPEN, text)
+    (out / "tables.md").write_text(text + "\n")
+    print(text)
+    if swept_before(runs):
+        draw_proxies_per_class(runs, out)
+        draw_sensitivity(runs, out)
+
+
+def join(*parts):
+    return "\n\n".join(part for part in parts if part)

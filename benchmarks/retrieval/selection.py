@@ -1,0 +1,140 @@
+"""Which settings each table takes, and what was measured with them."""
+
+import numpy as np
+from sklearn.metrics import adjusted_mutual_info_score
+
+from .losses import (
+    CLASSES_ONLY,
+    COARSE_SWEEPS,
+    DEFAULTS_BEFORE,
+    FAMILIES,
+    OURS,
+    REFERENCES,
+    UNTRAINED,
+    changes_before,
+    load,
+)
+from .tasks import IMAGE_TASKS, TASKS
+
+PEERS = [name for name in FAMILIES if name not in REFERENCES and not name.startswith(OURS)]
+PROXY_LOSSES = "SoftTriple", "SubCenterArcFace", "ProxyAnchor", "NormalizedSoftmax", "CosFace"
+"""PML's, as they are."""
+RESAMPLES = 4000
+
+
+def applies(loss, task):
+    """Of images, there are no inputs that k-means could cluster; without views, there is nothing to contrast."""
+    if loss != UNTRAINED and FAMILIES[loss].needs_views:
+        return task.endswith("views")
+    return task not in IMAGE_TASKS or loss == UNTRAINED or FAMILIES[loss].several != "clusters"
+
+
+def like(name):
+    """The other tasks that have views, or have none, as this one."""
+    return [task for task in TASKS if task != name and task.endswith("views") == name.endswith("views")]
+
+
+def chosen(runs, name, loss):
+    """The settings that each table takes; those that cannot be known yet are left out."""
+    if loss == UNTRAINED:
+        return dict.fromkeys(("defaults", "best here", "best elsewhere"))
+    configurations = load()[loss]
+    tables = {"defaults": configurations[0]}
+    here, *others = (runs[task].validated(loss) for task in (name, *like(name)))
+    if here:
+        tables["best here"] = configurations[int(np.argmax(here))]
+    if others and all(others):
+        tables["best elsewhere"] = configurations[int(np.argmax(np.mean(relative(others), axis=0)))]
+    if loss == OURS:
+        tables["defaults before"] = DEFAULTS_BEFORE
+        scores = scores_of(runs[name], loss, changes_before())
+        if scores.keys() == changes_before().keys():
+            ranking = sorted(scores, key=lambda label: np.mean(scores[label]), reverse=True)
+            tables["changed"] = changes_before()[ranking[0]]
+            tables["classes only"] = changes_before()[next(x for x in ranking if x.startswith(CLASSES_ONLY))]
+    if loss in COARSE_SWEEPS and "coarse" in name and runs[name].validated(loss):
+        found = agreements(runs[name], loss)
+        if found and None not in found.values():
+            tables["by agreement"] = candidates(loss)[max(found, key=found.get)]
+            tables["by fine labels"] = candidates(loss)[best_validated(runs[name], loss)]
+    return tables
+
+
+def relative(scores):
+    """Of ``(tasks, configurations)``, each task's relative to its best."""
+    return np.array(scores) / np.max(scores, axis=1, keepdims=True)
+
+
+def scores_of(runs, loss, settings_by_label):
+    """MAP@R on validation by label, each over the seeds; labels without runs are left out."""
+    found = {label: runs.get("validation", loss, settings) for label, settings in settings_by_label.items()}
+    return {label: [float(row["map_at_r"]) for row in rows.values()] for label, rows in found.items() if rows}
+
+
+def candidates(loss):
+    """What agreement chooses from, by label: the twelve configurations, and the sweep over K and temperature."""
+    swept = {label: settings for label, settings in COARSE_SWEEPS[loss]().items() if label != "defaults"}
+    return {str(index): settings for index, settings in enumerate(load()[loss])} | swept
+
+
+def agreements(runs, loss):
+    """How far two seeds agree on held-out samples, by candidate; None where a seed is missing."""
+    found = {label: runs.assigned(loss, settings) for label, settings in candidates(loss).items()}
+    return {label: agreement(*texts.values()) if len(texts) == 2 else None for label, texts in found.items()}
+
+
+def agreement(assigned, again):
+    """Mean over the classes of the adjusted mutual information; one proxy that takes all counts as none."""
+    pairs = zip(assigned.split(), again.split(), strict=True)
+    return float(
+        np.mean(
+            [0.0 if 1 in (len(set(a)), len(set(b))) else adjusted_mutual_info_score(list(a), list(b)) for a, b in pairs]
+        )
+    )
+
+
+def best_validated(runs, loss):
+    scores = {label: runs.score(loss, settings) or 0.0 for label, settings in candidates(loss).items()}
+    return max(scores, key=scores.get)
+
+
+def by_seed_and_class(runs, name, loss, table):
+    """MAP@R of the test runs, ``(seeds, classes)``, in %, or None where there are none."""
+    tables = chosen(runs, name, loss)
+    rows = runs[name].get("test", loss, tables[table]) if table in tables else {}
+    return by_class(rows)
+
+
+def by_class(rows):
+    if not rows:
+        return None
+    return np.array([[float(x) for x in rows[seed]["map_at_r_by_class"].split()] for seed in sorted(rows)])
+
+
+def interval(*values, statistic=lambda x: x):
+    """95 %, by bootstrap over the seeds and the classes: of the mean, or of a statistic of several means."""
+    rng = np.random.default_rng(0)
+    # How often each seed and each class is drawn, as parts of all.
+    seeds, classes = (rng.multinomial(n, np.full(n, 1 / n), size=RESAMPLES) / n for n in values[0].shape)
+    means = (np.einsum("rs,sc,rc->r", seeds, value, classes, optimize=True) for value in values)
+    return np.percentile(statistic(*means), [2.5, 97.5])
+
+
+def measured(runs, name, table, seeds):
+    """The test runs of a task by loss, and the losses that still lack some."""
+    found, lacking = {}, []
+    for loss in (*FAMILIES, UNTRAINED):
+        if applies(loss, name):
+            values = by_seed_and_class(runs, name, loss, table)
+            if values is None or len(values) < seeds:
+                lacking.append(loss)
+            else:
+                found[loss] = values[:seeds]
+    return found, lacking
+
+
+def with_any_test(runs):
+    """The tasks of which there are runs on the test part with one of our settings."""
+    return [
+        name for name in runs if any(row["phase"] == "test" and row["loss"] != UNTRAINED for row in runs[name].rows)
+    ]

@@ -1,0 +1,201 @@
+"""The loss of each sample with its analytic gradient."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import _autocast, functional
+from .._hyperparameters import Hyperparameters
+from .._layout import Layout, Partial
+from .._usage import update_usage_, usage_of_target
+from . import within_class
+from .chunks import Chunk, Plan, chunks
+from .class_softmax import ClassTerms, Sums, add_classes, class_terms, logit_gradient, sums_of_none
+from .poolings import POOLINGS, Derivative
+from .similarities import Similarity
+
+
+class Result(NamedTuple):
+    losses: Tensor
+    """``(B,)``."""
+    terms: functional.Terms
+    """What these are made of; without a gradient."""
+    assignments: Tensor
+    """``(B, K)``, to the proxies of the target class; of no meaning where another process holds that."""
+
+
+class _Kept(NamedTuple):
+    """Of a chunk, for backward."""
+
+    pooled: Tensor
+    derivative: Derivative
+
+
+class _Scan(NamedTuple):
+    """What one walk over the classes of this process finds."""
+
+    others: Sums
+    target_similarities: Tensor
+    """To the proxies of the target class, ``(K, B)``."""
+    target_pooled: Tensor
+    kept: list[_Kept]
+
+
+class _Context(NamedTuple):
+    """What backward takes beside tensors."""
+
+    hyper: Hyperparameters
+    plan: Plan
+    layout: Layout
+    similarity: Similarity
+    sizes: tuple[int, ...]
+    """How many of the saved tensors belong to each part."""
+
+
+def losses_and_terms(
+    embeddings: Tensor,
+    proxies: Tensor,
+    usage: Tensor,
+    positions: Tensor,
+    similarity: Similarity,
+    plan: Plan,
+    hyper: Hyperparameters,
+    layout: Layout,
+    training: bool,
+) -> Result:
+    """One step, from similarities to losses. In training, it moves the usage, in place.
+
+    Args:
+        embeddings: ``(B, D)``, those of ``similarity``.
+        proxies: ``(c', K, D)``, of the classes of this process, contiguous, of the dtype to compute in.
+        usage: ``(c', K)``, likewise.
+        positions: ``(B,)``, the target class of each sample among these, or outside of them.
+        similarity: of the embeddings to proxies.
+        plan: how many classes at a time.
+        hyper: what is constant over calls.
+        layout: where the other classes are.
+        training: whether to move the usage.
+    """
+    wants_gradient = torch.is_grad_enabled() and any(
+        tensor.requires_grad for tensor in (embeddings, proxies, *similarity.saved)
+    )
+    with torch.no_grad(), _autocast.without(embeddings.device.type):
+        scan = _scan(similarity, proxies, positions, plan, hyper, keep=plan.keep and wants_gradient)
+        assignment = within_class.assign(scan.target_similarities, hyper.temperature, hyper.views)
+        if training:
+            update_usage_(usage, assignment.q.T, positions, hyper.usage_momentum, layout)
+        own_usage = usage_of_target(usage, positions, proxies.dtype, layout)
+        balance = within_class.balance(assignment.q, own_usage)
+        partial = Partial(scan.others, scan.target_pooled, assignment.intra, balance.balance)
+        partial = layout.reduce(partial, positions)
+        classes = class_terms(partial.others, partial.target_similarity, hyper.scale, hyper.margin)
+        terms = functional.Terms(classes.classification, partial.intra, classes.entropy, partial.balance)
+        losses = functional.sample_loss(terms, hyper.weights, hyper.num_classes, hyper.proxies_per_class)
+
+    kept = [tensor for of_chunk in scan.kept for tensor in (of_chunk.pooled, *of_chunk.derivative)]
+    parts = (similarity.saved, assignment, balance, classes, kept)
+    context = _Context(hyper, plan, layout, similarity, tuple(map(len, parts)))
+    rest = [tensor for part in parts[1:] for tensor in part]
+    # Within a tuple, the losses are no input of the function but what it returns.
+    losses = _Gradient.apply(  # type: ignore[no-untyped-call]
+        context, (losses,), rest, embeddings, proxies, positions, *similarity.saved
+    )
+    return Result(losses, terms, assignment.q.T)
+
+
+def _scan(
+    similarity: Similarity, proxies: Tensor, positions: Tensor, plan: Plan, hyper: Hyperparameters, keep: bool
+) -> _Scan:
+    others, kept = None, []
+    several = plan.classes_per_chunk < len(proxies)  # a single chunk may still be in the cache
+    target_similarities = proxies.new_zeros(proxies.shape[1], len(positions))
+    target_pooled = proxies.new_zeros(len(positions))
+    for chunk in chunks(proxies, positions, hyper.num_classes, plan.classes_per_chunk):
+        similarities = chunk.similarities(similarity)
+        target_similarities = chunk.target.gather(similarities, target_similarities)
+        pooling = POOLINGS[hyper.pooling](similarities, hyper.scale, hyper.temperature)
+        target_pooled = chunk.target.gather(pooling.pooled, target_pooled)
+        others = add_classes(others, pooling.pooled, chunk.target, hyper.scale)
+        if keep:
+            kept.append(_Kept(pooling.pooled, pooling.derivative(compact=several)))
+    return _Scan(others or sums_of_none(target_pooled), target_similarities, target_pooled, kept)
+
+
+class _Gradient(torch.autograd.Function):
+    """The losses, which are computed already, with their gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        context: _Context,
+        losses: tuple[Tensor],
+        rest: list[Tensor],
+        embeddings: Tensor,
+        proxies: Tensor,
+        positions: Tensor,
+        *of_similarity: Tensor,
+    ) -> Tensor:
+        ctx.save_for_backward(embeddings, proxies, positions, *of_similarity, *rest)
+        ctx.context = context
+        return losses[0]
+
+    @staticmethod
+    def backward(ctx: Any, grad_losses: Tensor) -> Any:
+        _refuse_other_kinds_of_gradient(grad_losses)
+        embeddings, proxies, positions, *saved = ctx.saved_tensors
+        context: _Context = ctx.context
+        of_similarity, assignment, balance, classes, kept = _split(saved, context.sizes)
+        hyper, similarity = context.hyper, context.similarity.restored(embeddings, of_similarity)
+        with _autocast.without(embeddings.device.type):
+            logits = logit_gradient(ClassTerms(*classes), grad_losses, hyper.scale, -hyper.weights.inter)
+            grad_at_target = within_class.gradient(
+                within_class.Assignment(*assignment),
+                within_class.Balance(*balance),
+                grad_losses,
+                hyper.weights,
+                hyper.temperature,
+                hyper.views,
+            )
+            grad_queries = proxies.new_zeros(len(positions), proxies.shape[2])
+            grad_proxies = proxies.new_empty(proxies.shape)
+            for chunk, pooled, derivative in _walk(context, similarity, proxies, positions, kept):
+                grad_pooled = logits.of_pooled(pooled, chunk.target, hyper.scale)
+                gradient = derivative.times(grad_pooled)
+                chunk.target.add_(gradient, grad_at_target)
+                rows = grad_proxies.flatten(0, 1)[chunk.rows]
+                similarity.add_gradients(chunk.proxies, chunk.rows, gradient.flatten(0, 1), grad_queries, rows)
+            grad_parameters = context.layout.reduce_gradients(similarity.grad_parameters())
+            grad_embeddings = similarity.grad_embeddings(grad_queries).to(embeddings.dtype)
+        none_for_rest = [None] * (len(of_similarity) - len(grad_parameters))
+        return None, None, None, grad_embeddings, grad_proxies, None, *grad_parameters, *none_for_rest
+
+
+def _walk(
+    context: _Context, similarity: Similarity, proxies: Tensor, positions: Tensor, kept: Sequence[Tensor]
+) -> Iterator[tuple[Chunk, Tensor, Derivative]]:
+    """The chunks, with what forward kept of each, or computed once more."""
+    hyper, plan = context.hyper, context.plan
+    for i, chunk in enumerate(chunks(proxies, positions, hyper.num_classes, plan.classes_per_chunk)):
+        if kept:
+            pooled, by_proxy, by_class = kept[3 * i : 3 * i + 3]
+            yield chunk, pooled, Derivative(by_proxy, by_class)
+        else:
+            pooling = POOLINGS[hyper.pooling](chunk.similarities(similarity), hyper.scale, hyper.temperature)
+            yield chunk, pooling.pooled, pooling.derivative(compact=False)
+
+
+def _split(tensors: Sequence[Tensor], sizes: Sequence[int]) -> Iterator[Sequence[Tensor]]:
+    start = 0
+    for size in sizes:
+        yield tensors[start : start + size]
+        start += size
+
+
+def _refuse_other_kinds_of_gradient(grad_losses: Tensor) -> None:
+    if torch.is_grad_enabled():  # PyTorch's once_differentiable would let gradients pass that are wrong
+        raise RuntimeError("the gradient of MultiProxyEntropyLoss cannot be differentiated: drop create_graph=True")
+    of_vmap = torch._C._functorch
+    if of_vmap.is_batchedtensor(grad_losses) or of_vmap.is_legacy_batchedtensor(grad_losses):
+        raise RuntimeError("the gradient of MultiProxyEntropyLoss cannot be batched: drop is_grads_batched=True")

@@ -1,0 +1,76 @@
+r"""The poolings of :mod:`pml_multiproxy.functional` on similarities ``(c, K, B)``, with their derivative written out.
+
+The similarities are overwritten. From them come the class similarities ``pooled``, ``(c, B)``, and the derivative of
+these, one number for each similarity and one for each class similarity.
+"""
+
+import math
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+
+class Derivative(NamedTuple):
+    """Of the class similarities by the similarities: the product of the two."""
+
+    by_proxy: Tensor
+    """``(c, K, B)``; where they are all 0 or 1, they may be ``int8``, which takes a quarter of the memory."""
+    by_class: Tensor
+    """``(c, B)``."""
+
+    def times(self, grad_pooled: Tensor) -> Tensor:
+        """The gradient of the similarities, ``(c, K, B)``, new memory; overwrites ``grad_pooled``."""
+        return self.by_proxy * grad_pooled.mul_(self.by_class).unsqueeze(1)
+
+
+class Pooling(Protocol):
+    pooled: Tensor
+
+    def __init__(self, similarities: Tensor, scale: float, temperature: float) -> None: ...
+
+    def derivative(self, compact: bool) -> Derivative:
+        """Called once at most; with ``compact``, in as little memory as it takes."""
+
+
+class Max:
+    """Proxies that are equally near share the gradient, so that it does not depend on their order."""
+
+    def __init__(self, similarities: Tensor, scale: float, temperature: float) -> None:
+        self.similarities = similarities
+        self.pooled = similarities.amax(dim=1)
+
+    def derivative(self, compact: bool) -> Derivative:
+        nearest = self.similarities.eq_(self.pooled.unsqueeze(1))
+        share = nearest.sum(dim=1).reciprocal_()
+        return Derivative(nearest.to(torch.int8) if compact else nearest, share)
+
+
+class Softmax:
+    def __init__(self, similarities: Tensor, scale: float, temperature: float) -> None:
+        # Relative to the largest, so that large similarities do not swallow the temperature.
+        largest = similarities.amax(dim=1)
+        self.relative, self.temperature = similarities.sub_(largest.unsqueeze(1)), temperature
+        self.powers = (self.relative * (1 / (temperature * math.log(2)))).exp2_()
+        self.total = self.powers.sum(dim=1)
+        self.mean = (self.powers * self.relative).sum(dim=1).div_(self.total)
+        self.pooled = largest.add_(self.mean)
+
+    def derivative(self, compact: bool) -> Derivative:
+        # softmax * (1 + (similarity - mean) / temperature)
+        by_proxy = self.relative.sub_((self.mean - self.temperature).unsqueeze(1)).mul_(self.powers)
+        return Derivative(by_proxy, self.total.mul_(self.temperature).reciprocal_())
+
+
+class LogSumExp:
+    def __init__(self, similarities: Tensor, scale: float, temperature: float) -> None:
+        largest = similarities.amax(dim=1)
+        self.powers = similarities.sub_(largest.unsqueeze(1)).mul_(scale / math.log(2)).exp2_()
+        self.total = self.powers.sum(dim=1)
+        self.pooled = largest.add_(self.total.log(), alpha=1 / scale)
+
+    def derivative(self, compact: bool) -> Derivative:
+        return Derivative(self.powers, self.total.reciprocal_())
+
+
+POOLINGS: dict[str, type[Pooling]] = {"max": Max, "softmax": Softmax, "logsumexp": LogSumExp}

@@ -1,0 +1,146 @@
+"""The ordinary loss with DistributedDataParallel."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from distributed_helpers import BROADCAST_BUFFERS, CLASSES, PER_CLASS, SIZE, Model, assert_close, batches
+from pytorch_metric_learning import distances
+from pytorch_metric_learning.utils.distributed import DistributedLossWrapper
+from ranks import on
+from torch import distributed
+from torch.nn.parallel import DistributedDataParallel
+
+from pml_multiproxy import MultiProxyEntropyLoss
+
+
+def assert_same_on_all_ranks(tensor, group):
+    of_ranks = [torch.empty_like(tensor) for _ in range(distributed.get_world_size(group))]
+    distributed.all_gather(of_ranks, tensor.contiguous(), group=group)
+    assert all(other.equal(tensor) for other in of_ranks)
+
+
+def make_loss(**settings):
+    return MultiProxyEntropyLoss(CLASSES, SIZE, PER_CLASS, **settings)
+
+
+@on()
+@pytest.mark.parametrize(("size", "broadcasts"), [(2, True), (2, False), (4, True)])
+def test_data_parallel_is_one_process_with_the_whole_batch(group, broadcasts):
+    rank, size = distributed.get_rank(group), distributed.get_world_size(group)
+    one = Model(make_loss(margin=0.1)).double()
+    model = Model(make_loss(margin=0.1, usage_group=group)).double()
+    model.load_state_dict(one.state_dict())
+    parallel = DistributedDataParallel(model, process_group=group, **{BROADCAST_BUFFERS: broadcasts})
+    optimizers = [torch.optim.Adam(m.parameters(), lr=0.01) for m in (one, parallel)]
+    for inputs, labels in batches(steps=60, sizes=[6] * size):
+        for optimizer, loss in zip(
+            optimizers,
+            (one(torch.cat(inputs), torch.cat(labels)), parallel(inputs[rank], labels[rank])),
+            strict=True,
+        ):
+            optimizer.zero_grad()
+            loss.backward()
+        for expected, actual in zip(one.parameters(), model.parameters(), strict=True):
+            assert_close(actual.grad, expected.grad, 1e-10)
+        for optimizer in optimizers:
+            optimizer.step()
+    assert_close(dict(model.named_parameters()), dict(one.named_parameters()), 1e-10)
+    assert_close(model.loss_func.proxy_usage, one.loss_func.proxy_usage, 1e-10)
+    assert not one.loss_func.proxy_usage.allclose(torch.tensor(1 / PER_CLASS))
+    for tensor in (*model.parameters(), model.loss_func.proxy_usage):
+        assert_same_on_all_ranks(tensor.detach(), group)
+
+
+@on(2)
+def test_without_usage_group_it_is_not(group):
+    """So that the test above can fail."""
+    rank = distributed.get_rank(group)
+    one = Model(make_loss()).double()
+    parallel = DistributedDataParallel(copy.deepcopy(one), process_group=group)
+    for inputs, labels in batches(steps=2, sizes=[6, 6]):
+        one.zero_grad()
+        one(torch.cat(inputs), torch.cat(labels)).backward()
+        parallel(inputs[rank], labels[rank]).backward()
+    assert not parallel.module.loss_func.proxies.grad.allclose(one.loss_func.proxies.grad, atol=1e-4)
+
+
+@on(2)
+def test_network_and_loss_may_be_wrapped_apart(group):
+    rank = distributed.get_rank(group)
+    one = Model(make_loss()).double()
+    model = Model(make_loss(usage_group=group)).double()
+    model.load_state_dict(one.state_dict())
+    network = DistributedDataParallel(model.network, process_group=group)
+    loss_func = DistributedDataParallel(model.loss_func, process_group=group)
+    for inputs, labels in batches(steps=3, sizes=[6, 6]):
+        one.zero_grad()
+        model.zero_grad()
+        one(torch.cat(inputs), torch.cat(labels)).backward()
+        loss_func(network(inputs[rank]), labels[rank]).backward()
+        for expected, actual in zip(one.parameters(), model.parameters(), strict=True):
+            assert_close(actual.grad, expected.grad, 1e-10)
+
+
+@on(4)
+def test_usage_is_that_of_all_batches(group):
+    """Of different numbers of rows, and rows that are not finite; the same to the last bit on every rank."""
+    rank = distributed.get_rank(group)
+    one, together = make_loss(), make_loss(usage_group=group)
+    together.load_state_dict(one.state_dict())
+    for inputs, labels in batches(steps=5, sizes=[5, 0, 12, 1]):
+        embeddings = [torch.nn.functional.pad(x.float(), (0, 1), value=0.5) for x in inputs]
+        embeddings[0][:1] = float("nan")
+        one(torch.cat(embeddings), torch.cat(labels))
+        together(embeddings[rank], labels[rank])
+        torch.testing.assert_close(together.proxy_usage, one.proxy_usage)
+        assert_same_on_all_ranks(together.proxy_usage, group)
+    before = together.proxy_usage.clone()
+    together.eval()(embeddings[rank], labels[rank])
+    assert together.proxy_usage.equal(before)
+
+
+@on(2)
+def test_usage_group_compiles_down_to_plain_equations_too(group):
+    """Other distances go by plain autograd, which takes the usage from the same place."""
+    rank = distributed.get_rank(group)
+    one, together = (make_loss(distance=distances.LpDistance(), usage_group=g) for g in (None, group))
+    together.load_state_dict(one.state_dict())
+    for inputs, labels in batches(steps=2, sizes=[3, 4]):
+        embeddings = [torch.nn.functional.pad(x.float(), (0, 1), value=0.5) for x in inputs]
+        one(torch.cat(embeddings), torch.cat(labels))
+        together(embeddings[rank], labels[rank])
+        torch.testing.assert_close(together.proxy_usage, one.proxy_usage)
+
+
+@on(2)
+def test_usage_group_is_refused_where_it_cannot_work(group):
+    with pytest.raises(ValueError, match=r"reseed_below must be 0 with a usage_group, got 0\.1: each process would"):
+        make_loss(usage_group=group, reseed_below=0.1)
+    loss_func = make_loss(usage_group=group)
+    with pytest.raises(TypeError, match="process group as its usage_group cannot be pickled"):
+        pickle.dumps(loss_func)
+    assert copy.deepcopy(loss_func).usage_group is group
+    make_loss().load_state_dict(copy.deepcopy(loss_func.state_dict()))
+
+
+@on(4)
+def test_pml_wrapper_inside_data_parallel_multiplies_the_proxies_gradient(group):
+    """What the README warns of."""
+    rank, size = distributed.get_rank(group), distributed.get_world_size(group)
+    assert size == distributed.get_world_size()  # PML's wrapper knows no other group
+    one = Model(make_loss()).double().eval()
+    (inputs, labels), *_ = batches(steps=1, sizes=[6] * size)
+    one(torch.cat(inputs), torch.cat(labels)).backward()
+    wrapped = Model(DistributedLossWrapper(make_loss())).double().eval()
+    wrapped.network.load_state_dict(one.network.state_dict())
+    wrapped.loss_func.loss.load_state_dict(one.loss_func.state_dict())
+    parallel = DistributedDataParallel(wrapped, process_group=group)
+    parallel(inputs[rank], labels[rank]).backward()
+    assert_close(wrapped.network.weight.grad, one.network.weight.grad, 1e-10)
+    assert_close(wrapped.loss_func.loss.proxies.grad, size * one.loss_func.proxies.grad, 1e-10)
+
+    efficient = DistributedLossWrapper(make_loss().double(), efficient=True)
+    with pytest.raises(ValueError, match="ref_emb must be None"):
+        efficient(wrapped.network(inputs[rank]), labels[rank])

@@ -1,0 +1,90 @@
+"""The recipes in examples/integrations and the example on text run, and resume exactly."""
+
+import re
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+from torch.distributed import fsdp
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+RECIPES = {"train_lightning": ["lightning"], "train_accelerate": ["accelerate"], "train_fsdp2": []}
+
+
+def skip_without(*packages):
+    for package in packages:
+        if find_spec(package) is None:
+            pytest.skip(f"{package} is not installed")
+
+
+def run(folder, module, *calls, processes=1):
+    """What main() of an example prints, called with each list of arguments in turn, in one start of Python."""
+    script = folder / "calls.py"
+    paths = [str(EXAMPLES), str(EXAMPLES / "integrations")]
+    script.write_text(
+        f"import sys\nsys.path[:0] = {paths!r}\nimport {module}\n"
+        f"for arguments in {[list(map(str, arguments)) for arguments in calls]!r}:\n    {module}.main(arguments)\n"
+    )
+    # FSDP2 wants a process group even where there is one process.
+    start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    command = [sys.executable, *(start if processes > 1 or module == "train_fsdp2" else []), str(script)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def check_resuming(tmp_path, recipe, processes):
+    """After two epochs, one more is as the third of three; returns MAP@R and the sum of the proxies."""
+    skip_without(*RECIPES[recipe])
+    if recipe == "train_fsdp2" and not hasattr(fsdp, "fully_shard"):
+        pytest.skip("fully_shard is public from torch 2.6 on")
+    extra = ["--processes", processes] if recipe == "train_lightning" else []
+    whole = ["--epochs", 3, *extra]
+    resumed = [["--epochs", epochs, "--checkpoints", tmp_path / "saved", *extra] for epochs in (2, 3)]
+    lines = re.findall(r"MAP@R (\S+), proxies (\S+)", run(tmp_path, recipe, whole, *resumed, processes=processes))
+    assert len(lines) == 3
+    assert lines[2] == lines[0] != lines[1]
+    assert 45 < float(lines[0][0]) < 100
+    return [float(number) for number in lines[0]]
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_recipe_resumes_exactly(tmp_path, recipe):
+    check_resuming(tmp_path, recipe, processes=1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_recipe_resumes_exactly_on_two_processes(tmp_path, recipe):
+    check_resuming(tmp_path, recipe, processes=2)
+
+
+@pytest.mark.slow
+def test_fsdp2_does_the_same_on_one_and_two_processes(tmp_path):
+    """Whose batches hold the same samples together, and whose network has no batch statistics."""
+    results = []
+    for processes in (1, 2):
+        (tmp_path / str(processes)).mkdir()
+        results.append(check_resuming(tmp_path / str(processes), "train_fsdp2", processes))
+    assert results[1] == pytest.approx(results[0], rel=0.03)
+
+
+def text_table(printed):
+    return {name: float(value) for name, value in re.findall(r"\| ([\w ]+) \| ([\d.]+) \|", printed)}
+
+
+def test_text_example(tmp_path):
+    skip_without("sentence_transformers", "datasets", "accelerate")
+    arguments = ["--views", "second wording as second view", "--checkpoints", tmp_path / "saved"]
+    table = text_table(run(tmp_path, "text_sentence_transformers", ["--epochs", 3, *arguments]))
+    assert set(table) == {"none", "second wording as second view"}
+    assert 0 < table["none"] < table["second wording as second view"]
+
+
+@pytest.mark.slow
+def test_text_example_shows_what_views_are_worth(tmp_path):
+    skip_without("sentence_transformers", "datasets", "accelerate")
+    table = text_table(run(tmp_path, "text_sentence_transformers", []))
+    assert table["second wording as second view"] > 1.5 * table["one view"] > 3 * table["none"]

@@ -1,0 +1,101 @@
+"""Settings that travel with the state: files, state dicts, print."""
+
+import copy
+import pickle
+import re
+import warnings
+
+import pytest
+import torch
+from cases import DISTANCES, make_distance
+from pytorch_metric_learning import reducers
+
+from pml_multiproxy import MultiProxyEntropyLoss
+
+SETTINGS = {"scale": 7.0, "pooling": "softmax", "temperature": 0.3, "views": 2, "classes_per_chunk": 2, "margin": 0.1}
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "loss.pt"
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("distance", DISTANCES)
+def test_a_file_holds_all_that_matters(distance, dtype, path):
+    loss_func = MultiProxyEntropyLoss(3, 8, 4, distance=make_distance(distance), **SETTINGS).to(dtype)
+    embeddings, labels = torch.randn(8, 8, requires_grad=True), torch.tensor([0, 1, 2, 0]).repeat(2)
+    loss_func(embeddings, labels)  # which moves the usage
+    loss_func.save(path)
+    loaded = MultiProxyEntropyLoss.load(path, distance=make_distance(distance))
+    assert loaded.settings() == loss_func.settings()
+    assert loaded.proxies.dtype == dtype
+    assert all(value.equal(loaded.state_dict()[name]) for name, value in loss_func.state_dict().items())
+    for _ in range(2):
+        assert loaded(embeddings, labels).equal(loss_func(embeddings, labels))
+
+
+def test_what_a_file_cannot_hold_must_be_given_as_it_was(path):
+    MultiProxyEntropyLoss(3, 8, distance=make_distance("L2"), reducer=reducers.SumReducer()).save(path)
+    for wrong in ({}, {"distance": make_distance("L1 squared")}):
+        with pytest.raises(ValueError, match=r"distance must be the one that was saved, LpDistance .*, got "):
+            MultiProxyEntropyLoss.load(path, **wrong)
+    with pytest.raises(ValueError, match="reducer must be the one that was saved, SumReducer"):
+        MultiProxyEntropyLoss.load(path, distance=make_distance("L2"))
+    with pytest.raises(ValueError, match=re.escape("scale is in the file as 10.0, got 3: set it after loading")):
+        MultiProxyEntropyLoss.load(path, scale=3)
+
+
+def test_other_files_are_refused(path):
+    torch.save(MultiProxyEntropyLoss(3, 8).state_dict(), path)
+    with pytest.raises(ValueError, match=r"path must name a file that MultiProxyEntropyLoss\.save wrote"):
+        MultiProxyEntropyLoss.load(path)
+    torch.save({"format": 99}, path)
+    with pytest.raises(ValueError, match="of format 99"):
+        MultiProxyEntropyLoss.load(path)
+    path.write_bytes(pickle.dumps(print, protocol=2))
+    with pytest.raises(pickle.UnpicklingError):
+        MultiProxyEntropyLoss.load(path)
+
+
+def test_a_state_of_other_settings_says_so(path):
+    network = torch.nn.ModuleDict({"loss": MultiProxyEntropyLoss(3, 8, 4, scale=20, pooling="softmax")})
+    torch.save(network.state_dict(), path)
+    state = torch.load(path, weights_only=True)
+    assert sorted(state) == ["loss.proxies", "loss.proxy_usage"]
+    other = torch.nn.ModuleDict({"loss": MultiProxyEntropyLoss(3, 8, 4, pooling="softmax", classes_per_chunk=1)})
+    with pytest.warns(UserWarning, match=re.escape("other settings: scale was 20.0 and is 10.0")) as caught:
+        other.load_state_dict(state)
+    assert len(caught) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        network.load_state_dict(state)
+        other.load_state_dict(dict(state))  # one that records none, as those of before
+
+
+def test_a_state_from_before_settings_were_recorded_loads():
+    loss_func = MultiProxyEntropyLoss(3, 8, 4)
+    loss_func.load_state_dict({"proxies": torch.ones(3, 4, 8), "proxy_usage": torch.full((3, 4), 0.25)})
+    assert loss_func.proxies.eq(1).all()
+
+
+def test_print_shows_the_settings():
+    text = repr(MultiProxyEntropyLoss(3, 8, 4, scale=20, views=2))
+    for words in ("num_classes=3", "proxies_per_class=4", "scale=20.0", "pooling='", "views=2", "CosineSimilarity"):
+        assert words in text
+
+
+def test_usage_group_world_is_resolved_at_first_use(batch):
+    """Before there is a process group, and with none at all; copies and pickles of it work."""
+    loss_func, alone = MultiProxyEntropyLoss(3, 8, 4, usage_group="world"), MultiProxyEntropyLoss(3, 8, 4)
+    alone.load_state_dict(loss_func.state_dict())
+    for same in (loss_func, copy.deepcopy(loss_func), pickle.loads(pickle.dumps(loss_func))):
+        assert same.usage_group == "world"
+    assert loss_func(*batch).equal(alone(*batch))
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        assert loss_func(*batch).equal(alone(*batch))
+        assert copy.deepcopy(loss_func)(*batch).equal(alone(*batch))
+    finally:
+        torch.distributed.destroy_process_group()

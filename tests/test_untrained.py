@@ -1,0 +1,70 @@
+"""Proxies in no optimizer are noticed, once; whoever knows what they do is left alone."""
+
+import warnings
+
+import pytest
+import torch
+
+from pml_multiproxy import MultiProxyEntropyLoss
+from pml_multiproxy._untrained import PATIENCE
+
+MESSAGE = "the proxies have had gradients in 100 training calls, but never changed"
+
+
+def train(loss_func, batch, optimizer=None, steps=3 * PATIENCE, every=1):
+    embeddings, labels = batch
+    network = torch.nn.Linear(8, 8)
+    of_network = torch.optim.SGD(network.parameters(), 0.01)
+    for step in range(steps):
+        loss_func(network(embeddings.detach()), labels).backward()
+        if (step + 1) % every == 0:
+            for each in filter(None, (of_network, optimizer)):
+                each.step()
+                each.zero_grad()
+
+
+@pytest.mark.parametrize("options", [{}, {"classes_per_chunk": 1}], ids=str)
+def test_warns_once(options, batch):
+    loss_func = MultiProxyEntropyLoss(3, 8, 4, **options)
+    with pytest.warns(UserWarning, match=MESSAGE) as caught:
+        train(loss_func, batch)
+    assert len(caught) == 1
+
+
+class PastTheVersion(torch.optim.SGD):
+    """As some optimizers do, which PyTorch does not see as a change."""
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.data.sub_(0.01 * parameter.grad)
+
+
+@pytest.mark.parametrize(
+    "optimizer", [torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, PastTheVersion], ids=lambda cls: cls.__name__
+)
+def test_trained_proxies(optimizer, batch):
+    loss_func = MultiProxyEntropyLoss(3, 8, 4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(loss_func, batch, optimizer(loss_func.parameters(), 0.01))
+        train(loss_func, batch, optimizer(loss_func.parameters(), 0.01), every=64)
+
+
+def test_frozen_proxies(batch):
+    loss_func = MultiProxyEntropyLoss(3, 8, 4)
+    loss_func.proxies.requires_grad_(False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(loss_func, batch)
+
+
+def test_evaluation_and_calls_without_backward(batch):
+    loss_func = MultiProxyEntropyLoss(3, 8, 4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(loss_func.eval(), batch)
+        loss_func.zero_grad()
+        for _ in range(3 * PATIENCE):
+            loss_func.train()(*batch)

@@ -11,7 +11,6 @@ from .losses import (
     OURS,
     REFERENCES,
     UNTRAINED,
-    changes,
     changes_before,
     load,
 )
@@ -115,12 +114,10 @@ def by_class(rows):
 def interval(*values, statistic=lambda x: x):
     """95 %, by bootstrap over the seeds and the classes: of the mean, or of a statistic of several means."""
     rng = np.random.default_rng(0)
-    seeds, classes = values[0].shape
-    means = []
-    for _ in range(RESAMPLES):
-        drawn = np.ix_(rng.integers(seeds, size=seeds), rng.integers(classes, size=classes))
-        means.append(statistic(*(value[drawn].mean() for value in values)))
-    return np.percentile(means, [2.5, 97.5])
+    # How often each seed and each class is drawn, as parts of all.
+    seeds, classes = (rng.multinomial(n, np.full(n, 1 / n), size=RESAMPLES) / n for n in values[0].shape)
+    means = (np.einsum("rs,sc,rc->r", seeds, value, classes, optimize=True) for value in values)
+    return np.percentile(statistic(*means), [2.5, 97.5])
 
 
 def measured(runs, name, table, seeds):
@@ -141,7 +138,3 @@ def with_any_test(runs):
     return [
         name for name in runs if any(row["phase"] == "test" and row["loss"] != UNTRAINED for row in runs[name].rows)
     ]
-
-
-def our_changes(runs):
-    return scores_of(runs, OURS, changes())

@@ -5,7 +5,7 @@ fine labels can. Ours over a grid of K and temperature, two seeds each; losses w
 most end with one proxy that takes nearly all samples; and three settings on --seeds seeds, from which pairs are formed
 that share no seed. MAP@R of the held-out samples stands beside it.
 
-Writes one row per training to results/agreement/runs.csv, and goes on from what that holds; then, of these rows alone,
+Writes one row per training to results/runs.csv, and goes on from what that holds; then, of these rows alone,
 the tables guide.md, pairs.md and samples.md. --cost measures the CPU seconds of a call on assignments drawn at
 random instead, the least of three, and writes cost.csv and cost.md.
 """
@@ -22,16 +22,16 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from pytorch_metric_learning import losses
-from retrieval import embed, evaluate
-from retrieval_tasks import TASKS, Data, joined
 from scipy.stats import spearmanr
 from torch import nn
 from tqdm import tqdm
 
+from benchmarks.retrieval.tasks import TASKS, Data, joined
+from benchmarks.retrieval.training import embed, evaluate
 from pml_multiproxy import MultiProxyEntropyLoss
 from pml_multiproxy.agreement import assignment_agreement
 
-RESULTS = Path(__file__).parent / "results" / "agreement"
+RESULTS = Path(__file__).parent / "results"
 DIGITS = "0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
 ROTATION, SCALING, SHEAR, SHIFT = math.radians(15), 0.15, 0.15, 0.1
 VIEWS = {
@@ -40,7 +40,7 @@ VIEWS = {
     "clinc-coarse": ("clinc-coarse", 1),
     "omniglot-coarse, two views": ("omniglot-coarse", 2),
 }
-"""The task of retrieval_tasks.py, and how many random views of a sample a batch holds."""
+"""The task of the retrieval benchmark, and how many random views of a sample a batch holds."""
 
 SETTINGS = {"scale": 10, "pooling": "logsumexp", "intra_weight": 0.5, "inter_weight": 0.0, "balance_weight": 0.5}
 OURS = "MultiProxyEntropy"
@@ -265,7 +265,7 @@ def main(argv=None):
     parser.add_argument("--data", metavar="DIR", help="where the files lie that are not part of scikit-learn")
     parser.add_argument("--seeds", type=int, default=20, metavar="N", help="of three settings; default: %(default)s")
     parser.add_argument("--cost", action="store_true", help="only measure the seconds of a call")
-    parser.add_argument("--out", type=Path, default=RESULTS, metavar="DIR", help="default: results/agreement")
+    parser.add_argument("--out", type=Path, default=RESULTS, metavar="DIR", help="default: results")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     args.out.mkdir(parents=True, exist_ok=True)

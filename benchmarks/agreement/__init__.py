@@ -1,0 +1,1 @@
+"""The agreement of trainings with different seeds, as a guide to settings."""

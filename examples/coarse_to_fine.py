@@ -139,8 +139,8 @@ def make_picture(path, trained):
             plot_class(embeddings[own], proxies, digits[own], ax, legend_title="digit")
             ax.set_title(f"{loss_name}: class “{class_name}”")
     figure.suptitle(
-        "Test embeddings (dots), each with a line to its nearest proxy (stars). Trained with the labels even and odd, on "
-        "two views of each image.\n"
+        "Test embeddings (dots), each with a line to its nearest proxy (stars). Trained with the labels even "
+        "and odd, on two views of each image.\n"
         "A star has the colour of the digit that most of its dots show; a small white star has no dots."
     )
     figure.tight_layout()

@@ -1,4 +1,4 @@
-"""The pages tell the truth: their code runs, their parameters are those of the signature, their links lead somewhere."""
+"""The pages: their code runs, their parameters are those of the signature, what they refer to exists."""
 
 import inspect
 import re

@@ -5,11 +5,10 @@ the same *digit*, which it was never told. A loss that pulls each class into one
 spreads a class over its proxies keeps them apart. With views, it also learns what a digit may look like: two random
 views (rotated, scaled, sheared, shifted) of the same image have to be assigned to the same proxy.
 
-Every loss trains the same network with the same budget on the same two views of each image, at its own default settings,
-with ten proxies per class for PML's losses that have proxies of this kind. One more row shows ours on the images as they
-are, one view of each. All goes through PML's trainer, tester and hooks. Read the result as it is: one small data set,
-whose test labels were looked at when network and settings of the example were chosen. How far the views go was chosen on
-a validation part of the training half.
+Every loss trains the same network with the same budget on the same two views of each image, at its own default
+settings, with ten proxies per class for PML's losses that have proxies of this kind. One more row shows ours on the
+images as they are, one view of each. All goes through PML's trainer, tester and hooks. Read the result as it is: one
+small data set, whose test labels were looked at when network and settings of the example were chosen.
 
 Written to the folder given with --out: metrics.json, table.md, embedding.png, and logs/ with the records of each run as
 CSV, SQLite and TensorBoard.
@@ -140,8 +139,8 @@ def make_picture(path, trained):
             plot_class(embeddings[own], proxies, digits[own], ax, legend_title="digit")
             ax.set_title(f"{loss_name}: class “{class_name}”")
     figure.suptitle(
-        "Test embeddings (dots), each with a line to its nearest proxy (stars). Trained with the labels even and odd, on two "
-        "views of each image.\n"
+        "Test embeddings (dots), each with a line to its nearest proxy (stars). Trained with the labels even "
+        "and odd, on two views of each image.\n"
         "A star has the colour of the digit that most of its dots show; a small white star has no dots."
     )
     figure.tight_layout()

@@ -98,8 +98,8 @@ def cluster_scores(
     """How well the nearest proxies recover fine labels, within each class.
 
     Each class is scored by itself, so that the coarse labels, which were given, earn nothing. The matching of ACC is
-    scipy's ``linear_sum_assignment``, NMI and ARI are scikit-learn's. Where a class has one fine label alone, both are 1
-    if all its samples are at one proxy, else 0.
+    scipy's ``linear_sum_assignment``, NMI and ARI are scikit-learn's. Where a class has one fine label alone, both are
+    1 if all its samples are at one proxy, else 0.
 
     Args:
         loss_func: the trained loss.

@@ -197,11 +197,14 @@ def test_assignments_of_held_out_samples_are_those_of_the_loss(loss, modules):
         assert words[c] == "".join(training.DIGITS[k] for k in expected[task.validation.coarse == c])
 
 
-def test_agreement_knows_no_names_of_proxies_and_wants_several(modules):
+def test_agreement_is_of_classes_and_knows_no_names_of_proxies(modules):
     agreement = modules["selection"].agreement
-    assert agreement("0011 ab", "ZZ00 10") == 1
-    assert agreement("0000 0101", "0000 1010") == 0.5
-    assert agreement("0101", "0011") < 0.1
+    halves, one, alternating = "0" * 50 + "1" * 50, "5" * 100, "01" * 50
+    assert agreement(f"{halves} {halves}", f"{halves} {halves.translate({48: 'Z', 49: 'a'})}") == pytest.approx(
+        np.log(2), abs=0.02
+    )
+    assert agreement(f"{halves} {one}", f"{halves} {one}") == pytest.approx(np.log(2) / 2, abs=0.02)
+    assert agreement(f"{halves} {halves}", f"{alternating} {alternating}") == pytest.approx(0, abs=0.02)
 
 
 def write_clinc(folder):
@@ -332,7 +335,7 @@ def test_sweeps_and_choice_by_agreement(main, modules, monkeypatch, tmp_path):
         "intra_weight=0.5 proxies_per_class=2",
     ]
     found = modules["selection"].agreements(runs, ours)
-    assert all(0 < value <= 1 for value in found.values())
+    assert all(value is not None for value in found.values())
     label = max(found, key=found.get)
     tested = [row for row in rows if row["phase"] == "test" and row["loss"] == ours]
     assert {int(r["seed"]) for r in tested if losses.from_text(r["settings"]) == candidates[label]} == {0, 1}

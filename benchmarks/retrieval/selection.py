@@ -1,7 +1,8 @@
 """Which settings each table takes, and what was measured with them."""
 
 import numpy as np
-from sklearn.metrics import adjusted_mutual_info_score
+
+from pml_multiproxy.agreement import assignment_agreement
 
 from .losses import (
     CLASSES_ONLY,
@@ -15,6 +16,7 @@ from .losses import (
     load,
 )
 from .tasks import IMAGE_TASKS, TASKS
+from .training import DIGITS
 
 PEERS = [name for name in FAMILIES if name not in REFERENCES and not name.startswith(OURS)]
 PROXY_LOSSES = "SoftTriple", "SubCenterArcFace", "ProxyAnchor", "NormalizedSoftmax", "CosFace"
@@ -84,13 +86,10 @@ def agreements(runs, loss):
 
 
 def agreement(assigned, again):
-    """Mean over the classes of the adjusted mutual information; one proxy that takes all counts as none."""
-    pairs = zip(assigned.split(), again.split(), strict=True)
-    return float(
-        np.mean(
-            [0.0 if 1 in (len(set(a)), len(set(b))) else adjusted_mutual_info_score(list(a), list(b)) for a, b in pairs]
-        )
-    )
+    """Of the assignments of two seeds, each a word per class: nats, mean over the classes."""
+    numbers = [[DIGITS.index(digit) for digit in text.replace(" ", "")] for text in (assigned, again)]
+    labels = [c for c, word in enumerate(assigned.split()) for _ in word]
+    return assignment_agreement(numbers, labels).mean
 
 
 def best_validated(runs, loss):

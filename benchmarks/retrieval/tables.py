@@ -101,9 +101,8 @@ def changed_defaults(runs, seeds):
     }
     found = {label: scores for label, scores in found.items() if any(score is not None for score in scores)}
     everywhere = {label: scores for label, scores in found.items() if None not in scores}
-    if len(everywhere) < 2:
-        return None
-    means = dict(zip(everywhere, relative(np.transpose(list(everywhere.values()))).mean(axis=0), strict=True))
+    scores = relative(np.transpose(list(everywhere.values()))).mean(axis=0) if everywhere else []
+    means = dict(zip(everywhere, scores, strict=True))
     rows = [
         [
             f"`{label}`",
@@ -210,7 +209,7 @@ def choice_by_agreement(runs, seeds):
             regrets = (f"{mean / means[1] - 1:+.0%}" for mean in (means[0], means[2]))
             cells = (f"{mean:.1f}" for mean in means)
             rows.append([name, loss, f"`{label}`", f"{found[label]:.2f}", *cells, *regrets, f"{rank:.2f}"])
-    header = ["task", "loss", "chosen by agreement", "agreement", "MAP@R", "chosen by fine labels", "defaults"]
+    header = ["task", "loss", "chosen by agreement", "agreement, nats", "MAP@R", "chosen by fine labels", "defaults"]
     return table([*header, "regret of agreement", "regret of the defaults", "Spearman"], rows)
 
 

@@ -136,3 +136,26 @@ def test_train_ddp():
     lines = run("train_ddp.py", "--epochs", 2, "--batch-size", 60, start=torchrun).splitlines()
     assert [line.split(":")[0] for line in lines] == ["epoch 1", "epoch 2"]
     assert all(20 < float(line.split()[-1]) < 100 for line in lines)
+
+
+def choices(out):
+    rows = json.loads((out / "trials.json").read_text())
+    assert [row["agreement"] for row in rows] == sorted((row["agreement"] for row in rows), reverse=True)
+    assert matplotlib.image.imread(out / "agreement.png").std() > 0.05
+    return rows
+
+
+def test_choose_proxies(tmp_path):
+    arguments = ["choose_proxies.py", "--out", tmp_path, "--epochs", 1]
+    printed = run(*arguments, "--trials", 2)
+    assert (tmp_path / "table.md").read_text() in printed
+    first = choices(tmp_path)
+    assert len(first) == 2
+    run(*arguments, "--trials", 3)  # goes on from the two
+    assert len(choices(tmp_path)) == 3
+    assert all(row in choices(tmp_path) for row in first)
+
+
+def test_committed_choice_is_nearly_the_best_there_was():
+    rows = choices(ROOT / "examples" / "results" / "choose_proxies")
+    assert rows[0]["map_at_r"] >= 0.9 * max(row["map_at_r"] for row in rows)

@@ -5,11 +5,11 @@ from pathlib import Path
 from mkdocs.structure.files import File
 
 ROOT = Path(__file__).parent.parent
-FOLDERS = ["benchmarks/results", "benchmarks/retrieval/results", "examples/results/coarse_to_fine"]
+FOLDERS = ["benchmarks/*/results", "examples/results/*"]
 
 
 def on_files(files, config):
     for folder in FOLDERS:
-        for path in sorted((ROOT / folder).glob("*.png")):
+        for path in sorted(ROOT.glob(f"{folder}/*.png")):
             files.append(File.generated(config, f"img/{path.name}", abs_src_path=str(path)))
     return files

@@ -1,10 +1,11 @@
 """Choose ``proxies_per_class`` and ``temperature`` without a single fine label, by the agreement of two seeds.
 
-The digits are labelled only as even or odd, and a part of the training images is held out. Optuna tries settings: each
-is trained twice, with two seeds, and worth how far the two trainings agree on which held-out images of a class belong
-together (pml_multiproxy.agreement). Settings on which they agree little are given up early.
+The digits are labelled only as even or odd, and a part of the training images is held out. Optuna tries settings. Each
+is trained twice; its value is how far the two trainings agree on which held-out images of a class belong together
+(pml_multiproxy.agreement). Settings on which they agree less than others did at the same epoch are given up early.
 
-Beside each stands MAP@R of the ten digits in the test half, which the search never saw: whether the choice was good.
+Beside each stands MAP@R of the ten digits in the test half, which the search never saw: it tells whether the choice was
+good.
 
 Written to the folder given with --out: study.db, from which a further call goes on; trials.json, table.md, and
 agreement.png, a picture of agreement against MAP@R.
@@ -21,58 +22,39 @@ matplotlib.use("Agg")
 
 import optuna
 import torch
-from digits import EMBEDDING_SIZE, load_data, make_models, make_optimizer, map_at_r
+from digits import EMBEDDING_SIZE, RandomViews, load_data, make_models, make_optimizer, map_at_r
 from matplotlib import pyplot as plt
 from scipy.stats import spearmanr
 from sklearn.model_selection import train_test_split
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from pml_multiproxy import MultiProxyEntropyLoss
 from pml_multiproxy.agreement import proxy_agreement
+from pml_multiproxy.views import ViewsDataset, stack_views
 
-SEEDS = 0, 1
+TRAININGS = 2
 VIEWS = 2
 FIRST_LOOK = 5
 """The epoch after which settings may be given up."""
 
 
-def random_views(images, generator):
-    """Each image ``(B, 1, 8, 8)``, rotated, scaled, sheared and shifted at random."""
-    bounds = torch.tensor([[math.radians(15)], [0.15], [0.15], [0.2], [0.2]])
-    angle, scale, shear, right, down = (2 * torch.rand(5, len(images), generator=generator) - 1) * bounds
-    cosine, sine = (1 + scale) * angle.cos(), (1 + scale) * angle.sin()
-    rows = [cosine, shear * cosine - sine, right], [sine, shear * sine + cosine, down]
-    matrix = torch.stack([torch.stack(row, dim=-1) for row in rows], dim=1)
-    grid = nn.functional.affine_grid(matrix, list(images.shape), align_corners=False)
-    return nn.functional.grid_sample(images, grid, align_corners=False)
-
-
 class Training:
-    """A network and a loss that are trained epoch by epoch. Two of them with one seed are the same."""
+    """A network and a loss, trained epoch by epoch."""
 
-    def __init__(self, proxies_per_class, temperature, seed):
-        torch.manual_seed(seed)
-        self.generator = torch.Generator().manual_seed(seed)
+    def __init__(self, train_set, proxies_per_class, temperature):
+        views = ViewsDataset(RandomViews(train_set), VIEWS)
+        self.loader = DataLoader(views, batch_size=64, shuffle=True, collate_fn=stack_views)
         self.network = nn.Sequential(*make_models().values())
         self.loss_func = MultiProxyEntropyLoss(
-            2,
-            EMBEDDING_SIZE,
-            proxies_per_class,
-            temperature=temperature,
-            views=VIEWS,
-            scale=10,
-            pooling="logsumexp",
-            intra_weight=0.5,
-            inter_weight=0.0,
-            balance_weight=0.5,
+            2, EMBEDDING_SIZE, proxies_per_class, temperature=temperature, views=VIEWS
         )
         self.optimizer = make_optimizer(self.network, self.loss_func)
 
-    def train_epoch(self, images, labels):
-        for batch in torch.randperm(len(labels), generator=self.generator).split(64):
-            views = random_views(images[batch].repeat(VIEWS, 1, 1, 1), self.generator)
+    def train_epoch(self):
+        for images, labels in self.loader:
             self.optimizer.zero_grad()
-            self.loss_func(self.network(views), labels[batch].repeat(VIEWS)).backward()
+            self.loss_func(self.network(images), labels).backward()
             self.optimizer.step()
 
     @torch.no_grad()
@@ -86,30 +68,32 @@ def split():
     """The training half with its labels even and odd: 70 % to train with, 30 % held out for the agreement."""
     images, labels = load_data()[0].tensors
     kept, held_out = train_test_split(range(len(labels)), test_size=0.3, stratify=labels, random_state=0)
-    return (images[kept], labels[kept]), (images[held_out], labels[held_out])
+    return TensorDataset(images[kept], labels[kept]), TensorDataset(images[held_out], labels[held_out])
 
 
-def agreement(trainings, images, labels):
+def agreement(trainings, held_out):
+    images, labels = held_out.tensors
     return proxy_agreement([t.loss_func for t in trainings], [t.embed(images) for t in trainings], labels).mean
 
 
 def make_objective(epochs):
-    (images, labels), held_out = split()
+    train_set, held_out = split()
 
     def objective(trial):
-        proxies_per_class = trial.suggest_int("proxies_per_class", 1, 50, log=True)
+        proxies_per_class = trial.suggest_int("proxies_per_class", 1, 100, log=True)
         temperature = trial.suggest_float("temperature", 0.03, 0.3, log=True)
-        trainings = [Training(proxies_per_class, temperature, seed) for seed in SEEDS]
+        torch.manual_seed(0)  # The second training goes on in the stream of random numbers, so that it differs.
+        trainings = [Training(train_set, proxies_per_class, temperature) for _ in range(TRAININGS)]
         for epoch in range(1, epochs + 1):
             for training in trainings:
-                training.train_epoch(images, labels)
+                training.train_epoch()
             if epoch >= FIRST_LOOK:
-                trial.report(agreement(trainings, *held_out), epoch)
+                trial.report(agreement(trainings, held_out), epoch)
                 if trial.should_prune():
                     raise optuna.TrialPruned
         # For the reader alone: Optuna does not look at attributes.
-        trial.set_user_attr("map_at_r", sum(map_at_r(training.network) for training in trainings) / len(trainings))
-        return agreement(trainings, *held_out)
+        trial.set_user_attr("map_at_r", sum(map_at_r(training.network) for training in trainings) / TRAININGS)
+        return agreement(trainings, held_out)
 
     return objective
 
@@ -122,7 +106,7 @@ def search(out, trials, epochs):
         study_name=f"digits, {epochs} epochs",
         load_if_exists=True,
         direction="maximize",
-        pruner=optuna.pruners.PercentilePruner(33, n_startup_trials=8, n_warmup_steps=FIRST_LOOK),
+        pruner=optuna.pruners.MedianPruner(n_startup_trials=8, n_warmup_steps=FIRST_LOOK),
     )
     ended = study.get_trials(states=(optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED))
     study.sampler = optuna.samplers.TPESampler(
@@ -174,18 +158,13 @@ def make_picture(path, rows):
         linewidth=0.5,
     )
     bar = figure.colorbar(points, label="proxies per class")
-    ticks = [count for count in (1, 2, 5, 10, 20, 50) if points.norm.vmin <= count <= points.norm.vmax]
+    ticks = [count for count in (1, 2, 5, 10, 20, 50, 100) if points.norm.vmin <= count <= points.norm.vmax]
     bar.set_ticks(ticks, labels=[str(count) for count in ticks])
     bar.minorticks_off()
-    ax.scatter(rows[0]["agreement"], rows[0]["map_at_r"], s=260, facecolor="none", edgecolor="red", linewidth=2)
-    ax.annotate(
-        f"chosen: K={rows[0]['proxies_per_class']}, temperature {rows[0]['temperature']:.2f}",
-        (rows[0]["agreement"], rows[0]["map_at_r"]),
-        xytext=(-14, -26),
-        textcoords="offset points",
-        ha="right",
-        color="red",
-    )
+    name = f"chosen: K={rows[0]['proxies_per_class']}, temperature {rows[0]['temperature']:.2f}"
+    circle = {"s": 260, "facecolor": "none", "edgecolor": "red", "linewidth": 2}
+    ax.scatter(rows[0]["agreement"], rows[0]["map_at_r"], label=name, **circle)
+    ax.legend(loc="lower right")
     ax.set(xlabel="agreement of two seeds on held-out images, in nats", ylabel="MAP@R of the ten digits, in %")
     ax.set_title("Chosen by agreement, without fine labels; MAP@R was never seen")
     ax.grid(alpha=0.3)

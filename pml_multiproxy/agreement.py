@@ -96,7 +96,6 @@ def proxy_agreement(
     Raises:
         TypeError, ValueError: for an argument of the wrong kind, shape or range, embeddings that are not finite, and
             where every class is left out.
-        ImportError: without scikit-learn.
 
     >>> from pml_multiproxy import MultiProxyEntropyLoss
     >>> first, second = (MultiProxyEntropyLoss(num_classes=2, embedding_size=8, proxies_per_class=4) for _ in range(2))
@@ -141,7 +140,6 @@ def assignment_agreement(
 
     Raises:
         TypeError, ValueError: for an argument of the wrong kind, shape or range, and where every class is left out.
-        ImportError: without scikit-learn.
 
     >>> import math
     >>> labels = torch.tensor([0, 1]).repeat_interleave(300)
@@ -186,11 +184,9 @@ def assignment_agreement(
 
 def _beyond_chance(first: NDArray[np.int64], second: NDArray[np.int64]) -> tuple[float, float]:
     """Mutual information minus that expected by chance, in nats and as a part of the most that it could be."""
-    try:
-        from sklearn.metrics import mutual_info_score
-        from sklearn.metrics.cluster import contingency_matrix, expected_mutual_information
-    except ImportError:
-        raise ImportError("the agreement is computed by scikit-learn: pip install scikit-learn") from None
+    # Here, since importing them takes longer than importing this package.
+    from sklearn.metrics import mutual_info_score
+    from sklearn.metrics.cluster import contingency_matrix, expected_mutual_information
 
     contingency = contingency_matrix(first, second, sparse=True)
     by_chance = expected_mutual_information(contingency, len(first))

@@ -1,1 +1,0 @@
-"""The agreement of trainings with different seeds, as a guide to settings."""

@@ -1,6 +1,6 @@
 """Several balanced proxies per class, for PyTorch Metric Learning."""
 
-from . import functional, losses, miners, regularizers, views
+from . import agreement, functional, losses, miners, regularizers, views
 from ._register import register
 from .losses import MultiProxyEntropyLoss
 from .miners import MultiProxyMiner
@@ -13,6 +13,7 @@ __all__ = [
     "MultiProxyMiner",
     "ProxyEntropyRegularizer",
     "__version__",
+    "agreement",
     "functional",
     "losses",
     "miners",

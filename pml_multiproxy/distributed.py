@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, distributed
+from torch.distributed.tensor import DTensor
 
 from . import _validation as check
 from ._module import SETTINGS, ProxyLossModule
@@ -12,11 +13,6 @@ from ._saving import describe
 from ._sharding.checkpoints import load_checkpoint, save_checkpoint
 from ._sharding.layout import ShardedLayout
 from ._sharding.ranks import Ranks
-
-try:
-    from torch.distributed.tensor import DTensor
-except ImportError:  # before PyTorch 2.5
-    from torch.distributed._tensor import DTensor  # type: ignore[attr-defined]
 
 __all__ = ["ShardedMultiProxyEntropyLoss", "load_checkpoint", "save_checkpoint"]
 

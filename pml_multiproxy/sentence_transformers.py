@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sentence_transformers import SentenceTransformer
+from sentence_transformers import SentenceTransformer  # type: ignore[import-not-found, unused-ignore]
 from sentence_transformers import SentenceTransformerTrainer as LibraryTrainer
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
-from transformers import TrainerCallback
+from transformers import TrainerCallback  # type: ignore[import-not-found, unused-ignore]
 
 from . import losses
 from ._module import SETTINGS
@@ -59,13 +59,15 @@ class MultiProxyEntropyLoss(nn.Module):
             neither 1 nor ``views``, for no labels, and for ``reseed_below`` on several processes, which would each move
             other proxies; and as the inner loss raises.
 
-    Example:
-        >>> from sentence_transformers import SentenceTransformerTrainingArguments
-        >>> arguments = SentenceTransformerTrainingArguments(
-        ...     output_dir="out", learning_rate_mapping={r"loss_func\.proxies": 1e-2}, report_to="none"
-        ... )
-        >>> loss = MultiProxyEntropyLoss(model, num_classes=5, proxies_per_class=10)  # doctest: +SKIP
-        >>> trainer = SentenceTransformerTrainer(model, arguments, train_dataset, loss=loss)  # doctest: +SKIP
+    Example::
+
+        from sentence_transformers import SentenceTransformer, SentenceTransformerTrainingArguments
+        from pml_multiproxy.sentence_transformers import MultiProxyEntropyLoss, SentenceTransformerTrainer
+
+        model = SentenceTransformer("all-MiniLM-L6-v2")
+        loss = MultiProxyEntropyLoss(model, num_classes=5, proxies_per_class=10)
+        arguments = SentenceTransformerTrainingArguments("out", learning_rate_mapping={"proxies": 1e-2})
+        SentenceTransformerTrainer(model, arguments, train_dataset, loss=loss).train()
     """
 
     def __init__(
@@ -159,9 +161,10 @@ class SentenceTransformerTrainer(LibraryTrainer):  # type: ignore[misc, unused-i
     Raises:
         FileNotFoundError: when resuming from a checkpoint without ``loss.pt``, as the library's trainer writes them.
 
-    Example:
-        >>> trainer = SentenceTransformerTrainer(model, arguments, train_dataset, loss=loss)  # doctest: +SKIP
-        >>> trainer.train(resume_from_checkpoint=True)  # doctest: +SKIP
+    Example::
+
+        trainer = SentenceTransformerTrainer(model, arguments, train_dataset, loss=loss)
+        trainer.train(resume_from_checkpoint=True)
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

@@ -2,7 +2,6 @@
 
 import csv
 import importlib
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -29,13 +28,12 @@ def data(tmp_path):
 
 @pytest.fixture
 def benchmark(monkeypatch, tmp_path):
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    monkeypatch.setattr(importlib.import_module("clinc"), "RESULTS", tmp_path)
+    monkeypatch.syspath_prepend(ROOT)
+    monkeypatch.setattr(importlib.import_module("benchmarks.clinc"), "RESULTS", tmp_path)
 
     def main(name, *arguments):
-        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
-        module = importlib.import_module(name)
-        module.main()
+        module = importlib.import_module(f"benchmarks.ablations.{name}")
+        module.main(list(map(str, arguments)))
         return module
 
     return main
@@ -68,8 +66,8 @@ def test_says_which_file_is_missing(benchmark, tmp_path):
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
 @pytest.mark.parametrize("processes", [1, 2])
 def test_processes_send_what_the_formula_says(processes, monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    module = importlib.import_module("distributed")
+    monkeypatch.syspath_prepend(ROOT)
+    module = importlib.import_module("benchmarks.distributed.steps")
     row = module.measure("tiny", module.Shape(8, 6, 2, 4), processes, repeats=1)
     sent = sum(row[f"bytes {word}"] for word in module.KINDS.values())
     assert sent == row["bytes by formula"] > 0

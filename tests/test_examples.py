@@ -17,7 +17,9 @@ from pytorch_metric_learning import reducers
 from pml_multiproxy import MultiProxyEntropyLoss
 
 ROOT = Path(__file__).parent.parent
-LOSSES = ["SoftTripleLoss", "SubCenterArcFaceLoss", "ProxyAnchorLoss", "MultiProxyEntropyLoss"]
+OURS = "MultiProxyEntropyLoss"
+RUNS = [("SoftTripleLoss", 2), ("SubCenterArcFaceLoss", 2), ("ProxyAnchorLoss", 2), (OURS, 1), (OURS, 2)]
+"""Losses, and how many views of each sample they see."""
 METRICS = ["precision_at_1", "r_precision", "mean_average_precision_at_r"]
 
 
@@ -30,19 +32,23 @@ def run(name, *arguments, start=("-W", "error::FutureWarning")):
 
 def check_coarse_to_fine(out, seeds):
     rows = json.loads((out / "metrics.json").read_text())
-    assert sorted((row["loss"], row["seed"]) for row in rows) == sorted(
-        (loss, seed) for loss in LOSSES for seed in range(seeds)
+    assert sorted((row["loss"], row["views"], row["seed"]) for row in rows) == sorted(
+        (*of_run, seed) for of_run in RUNS for seed in range(seeds)
     )
-    assert all(list(row) == ["loss", "seed", *METRICS] for row in rows)
+    assert all(list(row) == ["loss", "seed", "views", *METRICS] for row in rows)
     assert all(0 < row[metric] <= 1 for row in rows for metric in METRICS)
     picture = matplotlib.image.imread(out / "embedding.png")
     assert picture.shape[0] > 600
     assert picture.std() > 0.05
-    return {loss: mean(row["mean_average_precision_at_r"] for row in rows if row["loss"] == loss) for loss in LOSSES}
+    return {
+        of_run: mean(row["mean_average_precision_at_r"] for row in rows if (row["loss"], row["views"]) == of_run)
+        for of_run in RUNS
+    }
 
 
 def ratio_to_the_best_peer(map_at_r):
-    return map_at_r["MultiProxyEntropyLoss"] / max(map_at_r[loss] for loss in LOSSES[:-1])
+    """Ours with two views to the best of PML's losses, which see the same views."""
+    return map_at_r[OURS, 2] / max(value for (loss, _), value in map_at_r.items() if loss != OURS)
 
 
 def test_coarse_to_fine(tmp_path):
@@ -50,9 +56,10 @@ def test_coarse_to_fine(tmp_path):
     check_coarse_to_fine(tmp_path, seeds=2)
     table = (tmp_path / "table.md").read_text()
     assert table in printed
-    assert [line.split("|")[1].strip() for line in table.splitlines()[2:]] == [*LOSSES, "no training: the pixels"]
-    for loss in LOSSES:
-        (csv_folder,) = tmp_path.glob(f"logs/*/{loss}_seed1/csv")
+    names = [line.split("|")[1].strip() for line in table.splitlines()[2:]]
+    assert names == [*(loss for loss, _ in RUNS), "no training: the pixels"]
+    for loss, views in RUNS:
+        (csv_folder,) = tmp_path.glob(f"logs/*/{loss}_views{views}_seed1/csv")
         assert (csv_folder / f"metric_loss_{loss}.csv").exists()
         assert (csv_folder / "logs.db").exists()
         assert list(csv_folder.parent.glob("tensorboard/events*"))
@@ -62,13 +69,13 @@ def test_coarse_to_fine(tmp_path):
 def test_coarse_to_fine_reaches_what_the_readme_says(tmp_path):
     start = time.perf_counter()
     run("coarse_to_fine.py", "--out", tmp_path)
-    assert time.perf_counter() - start < 180
-    assert ratio_to_the_best_peer(check_coarse_to_fine(tmp_path, seeds=3)) >= 1.2
+    assert time.perf_counter() - start < 480  # within four minutes where nothing else runs
+    assert ratio_to_the_best_peer(check_coarse_to_fine(tmp_path, seeds=5)) >= 1.5
 
 
 def test_committed_result_reaches_what_the_readme_says():
-    committed = check_coarse_to_fine(ROOT / "examples" / "results" / "coarse_to_fine", seeds=3)
-    assert ratio_to_the_best_peer(committed) >= 1.2
+    committed = check_coarse_to_fine(ROOT / "examples" / "results" / "coarse_to_fine", seeds=5)
+    assert ratio_to_the_best_peer(committed) >= 1.5
 
 
 @pytest.fixture
@@ -78,9 +85,12 @@ def digits(monkeypatch):
 
 
 class WithoutConstants(MultiProxyEntropyLoss):
-    def _losses(self, embeddings, labels):
-        constants = self.inter_weight * math.log(self.num_classes) + self.balance_weight * math.log(10)
-        return super()._losses(embeddings, labels) - constants
+    def _loss_dict(self, batch):
+        loss_dict = super()._loss_dict(batch)
+        constants = self.inter_weight * math.log(self.num_classes)
+        constants += self.balance_weight * math.log(self.proxies_per_class)
+        loss_dict["loss"]["losses"] = loss_dict["loss"]["losses"] - constants
+        return loss_dict
 
 
 @pytest.mark.slow

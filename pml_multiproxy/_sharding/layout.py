@@ -5,15 +5,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
 from torch.nn import functional as F
 
 from .._layout import Batch, Partial
 from .ranks import Gather, Ranks, ScaledGradient, in_order, order_of_views
-
-try:
-    from torch.distributed.tensor import DTensor, Shard
-except ImportError:  # before PyTorch 2.5
-    from torch.distributed._tensor import DTensor, Shard  # type: ignore[attr-defined]
 
 
 class ShardedLayout:

@@ -1,5 +1,6 @@
 """The recipes in examples/integrations and the example on text run, and resume exactly."""
 
+import os
 import re
 import subprocess
 import sys
@@ -24,11 +25,13 @@ def run(folder, module, *calls, processes=1):
 
     One process makes all calls, which saves the imports; several start anew for each, for they come together but once.
     """
-    starts = [calls] if processes == 1 and module != "train_fsdp2" else [[call] for call in calls]
-    return "".join(start(folder, module, calls, processes) for calls in starts)
+    if processes == 1:
+        return start(folder, module, calls, [])
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    return "".join(start(folder, module, [call], torchrun) for call in calls)
 
 
-def start(folder, module, calls, processes):
+def start(folder, module, calls, launcher):
     script = folder / "calls.py"
     paths = [str(EXAMPLES), str(EXAMPLES / "integrations")]
     script.write_text(
@@ -36,9 +39,10 @@ def start(folder, module, calls, processes):
         f"for arguments in {[list(map(str, arguments)) for arguments in calls]!r}:\n    {module}.main(arguments)\n"
     )
     # FSDP2 wants a process group even where there is one process.
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    command = [sys.executable, *(torchrun if processes > 1 or module == "train_fsdp2" else []), str(script)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    environment = {**os.environ, **(alone if module == "train_fsdp2" and not launcher else {})}
+    command = [sys.executable, *launcher, str(script)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
     assert result.returncode == 0, result.stderr
     return result.stdout
 

@@ -1,5 +1,6 @@
 """Shared by the examples: scikit-learn's handwritten digits, trained with two labels and retrieved by ten."""
 
+import math
 from functools import cache
 
 import numpy as np
@@ -8,9 +9,11 @@ from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 EMBEDDING_SIZE = 64
+ROTATION, SCALING, SHEAR, SHIFT = math.radians(15), 0.15, 0.15, 0.1
+"""How far a view goes at most, either way: radians, part of the size, slant, and part of the side of the image."""
 
 
 @cache
@@ -21,6 +24,36 @@ def load_data():
     digits = torch.tensor(digits)
     train, test = train_test_split(np.arange(len(digits)), test_size=0.5, stratify=digits, random_state=0)
     return TensorDataset(images[train], digits[train] % 2), TensorDataset(images[test], digits[test])
+
+
+def random_view(image):
+    """The image ``(1, 8, 8)``, rotated, scaled, sheared and shifted at random; what comes from outside it is black."""
+    angle, scaling, shear, right, down = (2 * torch.rand(5, dtype=torch.float64) - 1).tolist()
+    cosine, sine = math.cos(ROTATION * angle), math.sin(ROTATION * angle)
+    size, shear = 1 + SCALING * scaling, SHEAR * shear
+    # Where each pixel of the view comes from, in coordinates from -1 to 1: the side is 2 long.
+    matrix = torch.tensor(
+        [
+            [size * cosine, size * (shear * cosine - sine), 2 * SHIFT * right],
+            [size * sine, size * (shear * sine + cosine), 2 * SHIFT * down],
+        ]
+    )
+    grid = nn.functional.affine_grid(matrix[None], [1, *image.shape], align_corners=False)
+    return nn.functional.grid_sample(image[None], grid, align_corners=False)[0]
+
+
+class RandomViews(Dataset):
+    """The images of a dataset, each a new random view whenever it is asked for."""
+
+    def __init__(self, dataset):
+        self.dataset = dataset
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitem__(self, index):
+        image, label = self.dataset[index]
+        return random_view(image), label
 
 
 def make_models():

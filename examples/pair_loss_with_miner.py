@@ -26,13 +26,14 @@ def proxy_loss_alone():
 
 
 def both_with_all_pairs():
-    return losses.MultipleLosses([proxy_loss_alone(), losses.MultiSimilarityLoss()], weights=[1, 0.1])
+    parts = {"proxies": proxy_loss_alone(), "pairs": losses.MultiSimilarityLoss()}
+    return losses.MultipleLosses(parts, weights={"proxies": 1, "pairs": 0.1})
 
 
 def both_with_the_miner():
-    proxy_loss = proxy_loss_alone()
-    miners = [None, MultiProxyMiner(proxy_loss)]
-    return losses.MultipleLosses([proxy_loss, losses.MultiSimilarityLoss()], miners=miners, weights=[1, 0.1])
+    parts = {"proxies": proxy_loss_alone(), "pairs": losses.MultiSimilarityLoss()}
+    miners = {"pairs": MultiProxyMiner(parts["proxies"])}
+    return losses.MultipleLosses(parts, miners=miners, weights={"proxies": 1, "pairs": 0.1})
 
 
 def train(make_loss, seed, epochs):
@@ -44,11 +45,11 @@ def train(make_loss, seed, epochs):
     return map_at_r(network)
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--epochs", type=int, default=15, metavar="N", help="default: %(default)s")
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="how many; default: %(default)s")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     configurations = {
         "MultiSimilarityLoss": pair_loss_alone,
         "MultiProxyEntropyLoss": proxy_loss_alone,

@@ -31,11 +31,11 @@ def train(start, seed, epochs, bar):
     return history
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--epochs", type=int, default=15, metavar="N", help="default: %(default)s")
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="how many; default: %(default)s")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     starts = ("random", "k-means")
     with tqdm(total=len(starts) * args.seeds * args.epochs, unit="epoch", disable=False) as bar:
         histories = {

@@ -134,7 +134,10 @@ class ProxyLossModule(WeightRegularizerMixin, BaseMetricLossFunction):  # type: 
         ref_emb: Tensor | None = None,
         ref_labels: Tensor | None = None,
     ) -> dict[str, dict[str, Any]]:
-        """PML's hook: one loss per sample, and the weight regularization, before the reducer."""
+        """One loss per sample, and the weight regularization, before the reducer, as PML's losses have it.
+
+        Calling the loss does the same; it does not call this method.
+        """
         return self._loss_dict(self._batch(embeddings, labels, indices_tuple, ref_emb, ref_labels))
 
     def get_logits(self, embeddings: Tensor) -> Tensor:

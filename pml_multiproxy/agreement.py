@@ -19,6 +19,13 @@ It is not divided by the entropies, as adjusted mutual information is (``normali
 takes all samples but a few, these few decide on the quotient, which can be as large as if a class had been split into
 its true parts. The information itself is small there.
 
+How many samples it takes. Few samples tell less than many, the more so the more proxies there are, so that few samples
+prefer too few proxies: compare settings on the same samples only, and average over more than one pair of seeds where
+settings lie close together.
+
+Limits. It tells how well clusters can be found again, not whether a user wants them: a class that is one cluster to its
+user may split in the same way each time. For new classes, validate on held-out classes, whose labels are there.
+
 Sources. Choosing a clustering by its stability: Lange, Roth, Braun, Buhmann, *Stability-Based Validation of Clustering
 Solutions*, Neural Computation 16(6), 2004; its pitfalls: Ben-David, von Luxburg, Pál, *A Sober Look at Clustering
 Stability*, COLT 2006. The correction for chance: Vinh, Epps, Bailey, *Information Theoretic Measures for Clusterings
@@ -96,7 +103,6 @@ def proxy_agreement(
     Raises:
         TypeError, ValueError: for an argument of the wrong kind, shape or range, embeddings that are not finite, and
             where every class is left out.
-        ImportError: without scikit-learn.
 
     >>> from pml_multiproxy import MultiProxyEntropyLoss
     >>> first, second = (MultiProxyEntropyLoss(num_classes=2, embedding_size=8, proxies_per_class=4) for _ in range(2))
@@ -141,7 +147,6 @@ def assignment_agreement(
 
     Raises:
         TypeError, ValueError: for an argument of the wrong kind, shape or range, and where every class is left out.
-        ImportError: without scikit-learn.
 
     >>> import math
     >>> labels = torch.tensor([0, 1]).repeat_interleave(300)
@@ -186,11 +191,9 @@ def assignment_agreement(
 
 def _beyond_chance(first: NDArray[np.int64], second: NDArray[np.int64]) -> tuple[float, float]:
     """Mutual information minus that expected by chance, in nats and as a part of the most that it could be."""
-    try:
-        from sklearn.metrics import mutual_info_score
-        from sklearn.metrics.cluster import contingency_matrix, expected_mutual_information
-    except ImportError:
-        raise ImportError("the agreement is computed by scikit-learn: pip install scikit-learn") from None
+    # Here, since importing them takes longer than importing this package.
+    from sklearn.metrics import mutual_info_score
+    from sklearn.metrics.cluster import contingency_matrix, expected_mutual_information
 
     contingency = contingency_matrix(first, second, sparse=True)
     by_chance = expected_mutual_information(contingency, len(first))

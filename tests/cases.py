@@ -30,6 +30,20 @@ def make_distance(name):
     return cls(**arguments)
 
 
+class LearnedDistance(distances.BaseDistance):
+    """A Mahalanobis distance with a learned factor."""
+
+    def __init__(self):
+        super().__init__(normalize_embeddings=False)
+        self.matrix = torch.nn.Parameter(
+            torch.eye(6) + 0.1 * torch.randn(6, 6, generator=torch.Generator().manual_seed(3))
+        )
+        self.factor = torch.nn.Parameter(torch.tensor(0.7))
+
+    def compute_mat(self, query_emb, ref_emb):
+        return self.factor * torch.cdist(query_emb @ self.matrix, ref_emb @ self.matrix).square()
+
+
 @contextmanager
 def computed_by(implementation):
     """All calls of the loss by ``"autograd"`` or ``"analytic"``, whatever it would choose."""

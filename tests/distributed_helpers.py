@@ -3,6 +3,7 @@
 import inspect
 
 import torch
+from cases import LearnedDistance
 from pytorch_metric_learning import distances
 from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
@@ -25,6 +26,7 @@ DISTANCES = {
     "L2": distances.LpDistance,
     "L1 squared": lambda: distances.LpDistance(p=1, power=2),
     "SNR": distances.SNRDistance,
+    "learned": LearnedDistance,
 }
 
 

@@ -2,7 +2,6 @@
 
 import math
 import re
-import sys
 from itertools import combinations
 
 import numpy as np
@@ -220,12 +219,6 @@ def test_wrong_losses_and_embeddings_are_refused():
         proxy_agreement(losses, x[..., :5], y)
     with pytest.raises(ValueError, match=re.escape("labels must lie in [0, 1]")):
         proxy_agreement(losses, x, y + 1)
-
-
-def test_says_that_scikit_learn_is_missing(monkeypatch):
-    monkeypatch.setitem(sys.modules, "sklearn.metrics", None)
-    with pytest.raises(ImportError, match="pip install scikit-learn"):
-        assignment_agreement([run, run], y)
 
 
 CLUSTERS = 3

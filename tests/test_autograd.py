@@ -4,8 +4,8 @@ import copy
 
 import pytest
 import torch
-from cases import computed_by, make_distance
-from pytorch_metric_learning.distances import BaseDistance, CosineSimilarity
+from cases import LearnedDistance, computed_by, make_distance
+from pytorch_metric_learning.distances import CosineSimilarity
 from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
@@ -60,21 +60,9 @@ def test_an_edit_of_proxies_or_labels_before_backward_is_noticed(way):
             loss.backward()
 
 
-class Learned(BaseDistance):
-    """A Mahalanobis distance with a learned factor."""
-
-    def __init__(self):
-        super().__init__(normalize_embeddings=False)
-        self.matrix = torch.nn.Parameter(torch.eye(6) + 0.1 * torch.randn(6, 6))
-        self.factor = torch.nn.Parameter(torch.tensor(0.7))
-
-    def compute_mat(self, query_emb, ref_emb):
-        return self.factor * torch.cdist(query_emb @ self.matrix, ref_emb @ self.matrix).square()
-
-
 @pytest.mark.parametrize("pooling", functional.POOLINGS)
 def test_parameters_of_a_distance_get_their_gradient(pooling):
-    loss_func = make(distance=Learned(), pooling=pooling, scale=2, temperature=0.5).eval()
+    loss_func = make(distance=LearnedDistance(), pooling=pooling, scale=2, temperature=0.5).eval()
     inputs = batch()
     with computed_by("autograd"):
         expected = gradients(loss_func, *inputs)
@@ -85,7 +73,7 @@ def test_parameters_of_a_distance_get_their_gradient(pooling):
 
 
 def test_parameters_of_a_distance_lent_by_functional_call_get_their_gradient():
-    loss_func = make(distance=Learned(), classes_per_chunk=2).eval()
+    loss_func = make(distance=LearnedDistance(), classes_per_chunk=2).eval()
     inputs = batch()
     lent = {name: p.detach().clone().requires_grad_() for name, p in loss_func.named_parameters()}
     lent["distance.factor"] = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)

@@ -2,7 +2,6 @@
 
 import csv
 import importlib
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -29,13 +28,12 @@ def data(tmp_path):
 
 @pytest.fixture
 def benchmark(monkeypatch, tmp_path):
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    monkeypatch.setattr(importlib.import_module("clinc"), "RESULTS", tmp_path)
+    monkeypatch.syspath_prepend(ROOT)
+    monkeypatch.setattr(importlib.import_module("benchmarks.clinc"), "RESULTS", tmp_path)
 
     def main(name, *arguments):
-        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
-        module = importlib.import_module(name)
-        module.main()
+        module = importlib.import_module(f"benchmarks.ablations.{name}")
+        module.main(list(map(str, arguments)))
         return module
 
     return main
@@ -68,9 +66,74 @@ def test_says_which_file_is_missing(benchmark, tmp_path):
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
 @pytest.mark.parametrize("processes", [1, 2])
 def test_processes_send_what_the_formula_says(processes, monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    module = importlib.import_module("distributed")
+    monkeypatch.syspath_prepend(ROOT)
+    module = importlib.import_module("benchmarks.distributed.steps")
     row = module.measure("tiny", module.Shape(8, 6, 2, 4), processes, repeats=1)
     sent = sum(row[f"bytes {word}"] for word in module.KINDS.values())
     assert sent == row["bytes by formula"] > 0
     assert row["MB proxies"] == pytest.approx(6 * 2 * 4 * 4 / 1e6 / processes)
+
+
+def words(numbers):
+    """Of two classes."""
+    text = "".join(map(str, numbers))
+    return f"{text[: len(text) // 2]} {text[len(text) // 2 :]}"
+
+
+def test_agreement_as_a_guide(monkeypatch, tmp_path):
+    """Two settings: one finds the same three parts each time; the other only the same two outliers, and is worse."""
+    monkeypatch.syspath_prepend(ROOT)
+    guide = importlib.import_module("benchmarks.agreement.guide")
+    good, dominated = (guide.OURS, 10, 0.1), ("SoftTriple", 5, 0.1)
+    monkeypatch.setattr(guide, "GRID", [(guide.OURS, 2, 0.1), good])
+    monkeypatch.setattr(guide, "UNBALANCED", [dominated])
+    monkeypatch.setattr(guide, "OFTEN", [good])
+
+    def run(key, _):
+        generator = np.random.default_rng(key.seed)
+        parts = np.arange(600) % 3
+        if key[1:4] == good:
+            parts = np.where(generator.random(600) < 0.1, generator.integers(3, size=600), (parts + key.seed) % 3)
+        elif key[1:4] == dominated:
+            parts = np.arange(600) % 300 < 2
+        else:
+            parts = generator.integers(2, size=600)
+        return {"map_at_r": f"{80 if key[1:4] == good else 40}", "assigned": words(parts.astype(int))}
+
+    monkeypatch.setattr(guide, "run", run)
+    arguments = ["--task", "digits-coarse", "--seeds", "6", "--out", str(tmp_path)]
+    guide.main(arguments)
+    trainings = (tmp_path / "trainings.csv").read_text()
+    assert len(trainings.splitlines()) == 1 + 2 + 2 + 6
+    rows = [line.split(" | ") for line in (tmp_path / "guide.md").read_text().splitlines()[2:]]
+    assert [(row[1], row[2], row[4].split(",")[0]) for row in rows] == [
+        ("ours", "agreement, in nats", "MultiProxyEntropy"),
+        ("ours", "adjusted mutual information", "MultiProxyEntropy"),
+        ("and unbalanced", "agreement, in nats", "MultiProxyEntropy"),
+        ("and unbalanced", "adjusted mutual information", "SoftTriple"),
+    ]
+    assert [row[5:] for row in rows[2:]] == [["35 %", "80.0", "80.0 |"], ["99 %", "40.0", "80.0 |"]]
+    (pairs,) = (tmp_path / "pairs.md").read_text().splitlines()[2:]
+    assert pairs.split(" | ")[1:3] == ["10", "3"]
+    agreement, chosen = (line.split(" | ") for line in (tmp_path / "samples.md").read_text().splitlines()[2:])
+    by_count = [float(cell.split()[0]) for cell in agreement[2:]]
+    assert by_count[:3] == sorted(by_count[:3])  # the more samples, the more they tell
+    assert chosen[2:] == ["80.0"] * 6 + ["80.0 |"]
+
+    guide.main(arguments)
+    assert (tmp_path / "trainings.csv").read_text() == trainings
+
+
+@pytest.mark.parametrize(
+    "loss", ["MultiProxyEntropy", "MultiProxyEntropy, no balance", "SoftTriple", "SubCenterArcFace"]
+)
+def test_agreement_of_a_training(loss, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT)
+    guide = importlib.import_module("benchmarks.agreement.guide")
+    digits = guide.TASKS["digits-coarse"](None)
+    monkeypatch.setitem(guide.TASKS, "digits-coarse", lambda _: digits._replace(epochs=1))
+    row = guide.run(guide.Key("digits-coarse", loss, 3, 0.1, seed=0), None)
+    assert 20 < float(row["map_at_r"]) < 100
+    even, odd = row["assigned"].split()
+    assert len(even) + len(odd) == 270 + 899
+    assert set(even + odd) <= set("012")

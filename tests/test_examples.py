@@ -17,7 +17,9 @@ from pytorch_metric_learning import reducers
 from pml_multiproxy import MultiProxyEntropyLoss
 
 ROOT = Path(__file__).parent.parent
-LOSSES = ["SoftTripleLoss", "SubCenterArcFaceLoss", "ProxyAnchorLoss", "MultiProxyEntropyLoss"]
+OURS = "MultiProxyEntropyLoss"
+RUNS = [("SoftTripleLoss", 2), ("SubCenterArcFaceLoss", 2), ("ProxyAnchorLoss", 2), (OURS, 1), (OURS, 2)]
+"""Losses, and how many views of each sample they see."""
 METRICS = ["precision_at_1", "r_precision", "mean_average_precision_at_r"]
 
 
@@ -28,64 +30,107 @@ def run(name, *arguments, start=("-W", "error::FutureWarning")):
     return result.stdout
 
 
+@pytest.fixture
+def example(monkeypatch):
+    """Imports an example by name."""
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    return importlib.import_module
+
+
 def check_coarse_to_fine(out, seeds):
     rows = json.loads((out / "metrics.json").read_text())
-    assert sorted((row["loss"], row["seed"]) for row in rows) == sorted(
-        (loss, seed) for loss in LOSSES for seed in range(seeds)
+    assert sorted((row["loss"], row["views"], row["seed"]) for row in rows) == sorted(
+        (*of_run, seed) for of_run in RUNS for seed in range(seeds)
     )
-    assert all(list(row) == ["loss", "seed", *METRICS] for row in rows)
+    assert all(list(row) == ["loss", "seed", "views", *METRICS] for row in rows)
     assert all(0 < row[metric] <= 1 for row in rows for metric in METRICS)
     picture = matplotlib.image.imread(out / "embedding.png")
     assert picture.shape[0] > 600
     assert picture.std() > 0.05
-    return {loss: mean(row["mean_average_precision_at_r"] for row in rows if row["loss"] == loss) for loss in LOSSES}
+    return {
+        of_run: mean(row["mean_average_precision_at_r"] for row in rows if (row["loss"], row["views"]) == of_run)
+        for of_run in RUNS
+    }
 
 
 def ratio_to_the_best_peer(map_at_r):
-    return map_at_r["MultiProxyEntropyLoss"] / max(map_at_r[loss] for loss in LOSSES[:-1])
+    """Ours with two views to the best of PML's losses, which see the same views."""
+    return map_at_r[OURS, 2] / max(value for (loss, _), value in map_at_r.items() if loss != OURS)
 
 
-def test_coarse_to_fine(tmp_path):
-    printed = run("coarse_to_fine.py", "--out", tmp_path, "--epochs", 1, "--seeds", 2)
+def test_coarse_to_fine(example, tmp_path, capsys):
+    example("coarse_to_fine").main(["--out", str(tmp_path), "--epochs", "1", "--seeds", "2"])
+    printed = capsys.readouterr().out
     check_coarse_to_fine(tmp_path, seeds=2)
     table = (tmp_path / "table.md").read_text()
     assert table in printed
-    assert [line.split("|")[1].strip() for line in table.splitlines()[2:]] == [*LOSSES, "no training: the pixels"]
-    for loss in LOSSES:
-        (csv_folder,) = tmp_path.glob(f"logs/*/{loss}_seed1/csv")
+    names = [line.split("|")[1].strip() for line in table.splitlines()[2:]]
+    assert names == [*(loss for loss, _ in RUNS), "no training: the pixels"]
+    for loss, views in RUNS:
+        (csv_folder,) = tmp_path.glob(f"logs/*/{loss}_views{views}_seed1/csv")
         assert (csv_folder / f"metric_loss_{loss}.csv").exists()
         assert (csv_folder / "logs.db").exists()
         assert list(csv_folder.parent.glob("tensorboard/events*"))
+
+
+def test_all_losses_see_the_same_views(example, monkeypatch, tmp_path):
+    digits, coarse_to_fine = example("digits"), example("coarse_to_fine")
+    random_view, seen = digits.random_view, []
+
+    def recorded(image):
+        view = random_view(image)
+        seen[-1].append(view)
+        return view
+
+    def train_and_test(*arguments):
+        seen.append([])
+        return of_the_example(*arguments)
+
+    of_the_example = coarse_to_fine.train_and_test
+    monkeypatch.setattr(digits, "random_view", recorded)
+    monkeypatch.setattr(coarse_to_fine, "train_and_test", train_and_test)
+    coarse_to_fine.main(["--out", str(tmp_path), "--epochs", "1", "--seeds", "1"])
+    augmented = [torch.stack(views) for views in seen if views]
+    assert len(augmented) == len(RUNS) - 1  # ours with one view sees the images as they are
+    assert len(augmented[0]) == 2 * 14 * 64  # two views, and as many whole batches as there are
+    assert all(views.equal(augmented[0]) for views in augmented)
+
+
+def test_a_view_is_a_slight_change_of_its_image(example):
+    digits = example("digits")
+    images, _ = digits.load_data()[0].tensors
+    views = torch.stack([digits.random_view(image) for image in images])
+    assert views.shape == images.shape
+    assert 0.02 < (views - images).abs().mean() < (images.roll(1, dims=0) - images).abs().mean()
+    assert torch.nn.functional.cosine_similarity(views.flatten(1), images.flatten(1)).mean() > 0.8
 
 
 @pytest.mark.slow
 def test_coarse_to_fine_reaches_what_the_readme_says(tmp_path):
     start = time.perf_counter()
     run("coarse_to_fine.py", "--out", tmp_path)
-    assert time.perf_counter() - start < 180
-    assert ratio_to_the_best_peer(check_coarse_to_fine(tmp_path, seeds=3)) >= 1.2
+    assert time.perf_counter() - start < 480  # within four minutes where nothing else runs
+    assert ratio_to_the_best_peer(check_coarse_to_fine(tmp_path, seeds=5)) >= 1.5
 
 
 def test_committed_result_reaches_what_the_readme_says():
-    committed = check_coarse_to_fine(ROOT / "examples" / "results" / "coarse_to_fine", seeds=3)
-    assert ratio_to_the_best_peer(committed) >= 1.2
-
-
-@pytest.fixture
-def digits(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "examples")
-    return importlib.import_module("digits")
+    committed = check_coarse_to_fine(ROOT / "examples" / "results" / "coarse_to_fine", seeds=5)
+    assert ratio_to_the_best_peer(committed) >= 1.5
 
 
 class WithoutConstants(MultiProxyEntropyLoss):
-    def _losses(self, embeddings, labels):
-        constants = self.inter_weight * math.log(self.num_classes) + self.balance_weight * math.log(10)
-        return super()._losses(embeddings, labels) - constants
+    def _loss_dict(self, batch):
+        loss_dict = super()._loss_dict(batch)
+        constants = self.inter_weight * math.log(self.num_classes)
+        constants += self.balance_weight * math.log(self.proxies_per_class)
+        loss_dict["loss"]["losses"] = loss_dict["loss"]["losses"] - constants
+        return loss_dict
 
 
 @pytest.mark.slow
-def test_avg_non_zero_reducer_loses_no_quality(digits):
+def test_avg_non_zero_reducer_loses_no_quality(example):
     """The constants in the loss keep samples above 0; without them, this reducer would drop most."""
+    digits = example("digits")
 
     def train(cls, reducer, seed):
         torch.manual_seed(seed)
@@ -109,14 +154,16 @@ def numbers(printed):
     return [[float(cell) for cell in row] for row in rows]
 
 
-def test_pair_loss_with_miner():
-    table = numbers(run("pair_loss_with_miner.py", "--epochs", 1, "--seeds", 1))
+def test_pair_loss_with_miner(example, capsys):
+    example("pair_loss_with_miner").main(["--epochs", "1", "--seeds", "1"])
+    table = numbers(capsys.readouterr().out)
     assert [len(row) for row in table] == [1, 1, 1, 1]
     assert all(0 < value < 100 for row in table for value in row)
 
 
-def test_start_from_kmeans():
-    table = numbers(run("start_from_kmeans.py", "--epochs", 2, "--seeds", 1))
+def test_start_from_kmeans(example, capsys):
+    example("start_from_kmeans").main(["--epochs", "2", "--seeds", "1"])
+    table = numbers(capsys.readouterr().out)
     assert [len(row) for row in table] == [2, 2]
     assert all(0 < value < 100 for row in table for value in row)
 
@@ -126,3 +173,26 @@ def test_train_ddp():
     lines = run("train_ddp.py", "--epochs", 2, "--batch-size", 60, start=torchrun).splitlines()
     assert [line.split(":")[0] for line in lines] == ["epoch 1", "epoch 2"]
     assert all(20 < float(line.split()[-1]) < 100 for line in lines)
+
+
+def choices(out):
+    rows = json.loads((out / "trials.json").read_text())
+    assert [row["agreement"] for row in rows] == sorted((row["agreement"] for row in rows), reverse=True)
+    assert matplotlib.image.imread(out / "agreement.png").std() > 0.05
+    return rows
+
+
+def test_choose_proxies(tmp_path):
+    arguments = ["choose_proxies.py", "--out", tmp_path, "--epochs", 1]
+    printed = run(*arguments, "--trials", 2)
+    assert (tmp_path / "table.md").read_text() in printed
+    first = choices(tmp_path)
+    assert len(first) == 2
+    run(*arguments, "--trials", 3)  # goes on from the two
+    assert len(choices(tmp_path)) == 3
+    assert all(row in choices(tmp_path) for row in first)
+
+
+def test_committed_choice_is_nearly_the_best_there_was():
+    rows = choices(ROOT / "examples" / "results" / "choose_proxies")
+    assert rows[0]["map_at_r"] >= 0.9 * max(row["map_at_r"] for row in rows)

@@ -245,11 +245,12 @@ def test_embeddings_without_a_direction_are_left_out():
     assert loss_func.proxies[2].equal(before.proxies[2])
 
 
+@pytest.mark.parametrize("pairs", [1, 5])
 @pytest.mark.parametrize("per_class", [1, 2, 3])
-def test_opposite_samples_give_proxies_of_unit_length(per_class):
-    directions = normalize(torch.randn(5, 8))
+def test_opposite_samples_give_proxies_of_unit_length(per_class, pairs):
+    directions = normalize(torch.randn(pairs, 8))
     loss_func = MultiProxyEntropyLoss(1, 8, per_class)
-    loss_func.init_proxies(torch.cat([directions, -directions]), torch.zeros(10, dtype=torch.long))
+    loss_func.init_proxies(torch.cat([directions, -directions]), torch.zeros(2 * pairs, dtype=torch.long))
     torch.testing.assert_close(loss_func.proxies.norm(dim=2), torch.ones(1, per_class))
     assert len(loss_func.proxies[0].unique(dim=0)) == per_class
 

@@ -1,15 +1,9 @@
-"""README tells the truth: its code runs, and its numbers are those of the committed results."""
+"""README tells the truth: its code runs, its numbers are those of the committed results, its links lead somewhere."""
 
-import inspect
 import re
 from pathlib import Path
 
-import matplotlib
 import pytest
-from matplotlib import pyplot as plt
-from torch import distributed
-
-from pml_multiproxy import MultiProxyEntropyLoss
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -17,42 +11,26 @@ README = (ROOT / "README.md").read_text()
 
 @pytest.mark.filterwarnings("ignore:Converting a tensor with requires_grad=True")  # by the bar of PML's trainers
 def test_code_runs():
-    matplotlib.use("Agg")
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     assert len(blocks) >= 3
     namespace = {}
-    try:
-        for block in blocks:
-            exec(block, namespace)
-    finally:
-        plt.close("all")
-        if distributed.is_initialized():
-            distributed.destroy_process_group()
+    for block in blocks:
+        exec(block, namespace)
 
 
-RESULTS = [*ROOT.glob("examples/results/*/table.md"), *ROOT.glob("benchmarks/results/**/*.md")]
+def test_the_headline_table_is_the_committed_one():
+    assert (ROOT / "examples/results/coarse_to_fine/table.md").read_text() in README
 
 
-@pytest.mark.parametrize("path", RESULTS, ids=lambda path: str(path.relative_to(ROOT)))
-def test_tables_are_the_committed_ones(path):
-    assert path.read_text() in README
-
-
-def test_every_table_of_numbers_is_committed():
-    committed = "".join(path.read_text() for path in RESULTS)
-    rows = [line for line in README.splitlines() if line.startswith("|") and "±" in line]
+def test_every_number_with_a_spread_is_committed():
+    committed = (ROOT / "examples/results/coarse_to_fine/table.md").read_text()
+    rows = [line for line in README.splitlines() if "±" in line and line.startswith("|")]
     assert len(rows) >= 4
     assert all(row in committed for row in rows)
 
 
-def test_table_of_parameters_holds_every_parameter_and_its_default():
-    documented = dict(re.findall(r"^\| `(\w+)` \| `?\"?([\w.]+)\"?`? \|", README, re.MULTILINE))
-    parameters = inspect.signature(MultiProxyEntropyLoss).parameters.values()
-    defaults = {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
-    assert documented == {
-        name: f"{default:g}" if isinstance(default, (int, float)) else str(default)
-        for name, default in defaults.items()
-    }
+def test_a_newcomer_reads_it_in_five_minutes():
+    assert 100 <= len(README.splitlines()) <= 250
 
 
 def test_files_that_it_links_to_exist():

@@ -89,6 +89,5 @@ def test_pictures_on_pypi_are_files_of_the_repository(text_on_pypi):
     assert all((ROOT / picture.removeprefix(raw)).exists() for picture in pictures)
 
 
-@pytest.mark.xfail(reason="README has formulas until docs pages hold them", strict=False)
 def test_text_on_pypi_has_no_formulas_which_it_would_show_raw(text_on_pypi):
     assert re.findall(r"\$[^$`]+\$", re.sub(r"```.*?```", "", text_on_pypi, flags=re.DOTALL)) == []

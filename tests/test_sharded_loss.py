@@ -59,6 +59,8 @@ def assert_same_step(one, sharded, embeddings, labels, tuples=None, tolerance=1e
     actual.backward()
     assert_close(own.grad, size * everything.grad.split([len(x) for x in embeddings])[rank], tolerance)
     assert_close(local(sharded.proxies.grad), own_slice(sharded, one.proxies.grad), tolerance)
+    for of_rank, of_one in zip(sharded.distance.parameters(), one.distance.parameters(), strict=True):
+        assert_close(of_rank.grad, of_one.grad, tolerance)
     assert_same_proxies(sharded, one)
 
 
@@ -79,6 +81,33 @@ def test_sharded_equals_one_process(group, distance):
             assert len(sharded.classes) == (3 if distributed.get_rank(group) < 3 else 2)
             for embeddings, labels in rows(UNEVEN, steps=4):
                 assert_same_step(one, sharded, embeddings, labels)
+
+
+@on(1, 4)
+@pytest.mark.parametrize("settings", [{}, {"distance": "learned", "classes_per_chunk": 1}, {"collect_stats": True}])
+@pytest.mark.parametrize("views", [2, 3])
+def test_views_lie_on_the_same_rank(group, views, settings):
+    """The loss of one process whose batch holds the first views of all ranks, then the second ones, and so on."""
+    rank, size = distributed.get_rank(group), distributed.get_world_size(group)
+    one, sharded = pair_of_losses(group, views=views, **settings)
+    for of_samples, labels in rows(UNEVEN[-size:], steps=3):
+        of_views = [[x + 0.1 * view * x.flip(1) for x in of_samples] for view in range(views)]
+        everything = torch.cat([torch.cat(of_ranks) for of_ranks in of_views]).requires_grad_()
+        own = torch.cat([of_ranks[rank] for of_ranks in of_views]).requires_grad_()
+        expected = one(everything, torch.cat(labels).repeat(views))
+        actual = sharded(own, labels[rank].repeat(views))
+        assert_close(actual, expected, 1e-10)
+        one.zero_grad()
+        sharded.zero_grad()
+        expected.backward()
+        actual.backward()
+        by_view = everything.grad.split([len(y) for _ in range(views) for y in labels])
+        assert_close(own.grad, size * torch.cat(by_view[rank::size]), 1e-10)
+        assert_close(local(sharded.proxies.grad), own_slice(sharded, one.proxies.grad), 1e-10)
+        assert_same_proxies(sharded, one)
+        if "collect_stats" in settings:
+            for name in one._record_these_stats:
+                assert getattr(sharded, name) == pytest.approx(getattr(one, name), rel=1e-6), name
 
 
 @on(1, 2, 4)

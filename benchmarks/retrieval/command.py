@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from .losses import COARSE_SWEEPS, FAMILIES, OURS, UNTRAINED, load
 from .report import report
-from .runs import SECOND_SEED, VALIDATION_SEED, Runs
+from .runs import SWEEP_SEEDS, VALIDATION_SEED, Runs
 from .selection import applies, candidates, chosen
 from .tables import COUNTS_OF_MUST
 from .tasks import IMAGE_TASKS, TASKS
@@ -35,7 +35,7 @@ def plan(runs, name, args):
     for index in range(args.configs):
         for loss in losses:
             yield "validation", loss, load()[loss][index], VALIDATION_SEED
-    for seed in (VALIDATION_SEED, SECOND_SEED)[: args.sweep]:
+    for seed in SWEEP_SEEDS[: args.sweep]:
         for loss in losses:
             if loss == OURS or (loss in COARSE_SWEEPS and "coarse" in name):
                 for settings in COARSE_SWEEPS[loss]().values():
@@ -43,7 +43,7 @@ def plan(runs, name, args):
     if args.agreement and "coarse" in name:
         for loss in (loss for loss in losses if loss in COARSE_SWEEPS):
             for settings in candidates(loss).values():
-                for seed in {VALIDATION_SEED, SECOND_SEED} - runs[name].assigned(loss, settings).keys():
+                for seed in set(SWEEP_SEEDS) - runs[name].assigned(loss, settings).keys():
                     yield "agreement", loss, settings, seed
     for seed in range(args.seeds):
         yield "test", UNTRAINED, None, seed

@@ -13,7 +13,7 @@ from .tasks import IMAGE_TASKS, TASKS
 from .training import DEVICE, run
 
 VALIDATION_SEED = 100
-SECOND_SEED = 101
+SWEEP_SEEDS = VALIDATION_SEED, 101
 
 
 def identity(settings):

@@ -1,7 +1,8 @@
 """Which settings each table takes, and what was measured with them."""
 
 import numpy as np
-from sklearn.metrics import adjusted_mutual_info_score
+
+from pml_multiproxy.agreement import assignment_agreement
 
 from .losses import (
     CLASSES_ONLY,
@@ -11,11 +12,11 @@ from .losses import (
     OURS,
     REFERENCES,
     UNTRAINED,
-    changes,
     changes_before,
     load,
 )
 from .tasks import IMAGE_TASKS, TASKS
+from .training import DIGITS
 
 PEERS = [name for name in FAMILIES if name not in REFERENCES and not name.startswith(OURS)]
 PROXY_LOSSES = "SoftTriple", "SubCenterArcFace", "ProxyAnchor", "NormalizedSoftmax", "CosFace"
@@ -85,13 +86,10 @@ def agreements(runs, loss):
 
 
 def agreement(assigned, again):
-    """Mean over the classes of the adjusted mutual information; one proxy that takes all counts as none."""
-    pairs = zip(assigned.split(), again.split(), strict=True)
-    return float(
-        np.mean(
-            [0.0 if 1 in (len(set(a)), len(set(b))) else adjusted_mutual_info_score(list(a), list(b)) for a, b in pairs]
-        )
-    )
+    """Of the assignments of two seeds, each a word per class: nats, mean over the classes."""
+    numbers = [[DIGITS.index(digit) for digit in text.replace(" ", "")] for text in (assigned, again)]
+    labels = [c for c, word in enumerate(assigned.split()) for _ in word]
+    return assignment_agreement(numbers, labels).mean
 
 
 def best_validated(runs, loss):
@@ -115,12 +113,10 @@ def by_class(rows):
 def interval(*values, statistic=lambda x: x):
     """95 %, by bootstrap over the seeds and the classes: of the mean, or of a statistic of several means."""
     rng = np.random.default_rng(0)
-    seeds, classes = values[0].shape
-    means = []
-    for _ in range(RESAMPLES):
-        drawn = np.ix_(rng.integers(seeds, size=seeds), rng.integers(classes, size=classes))
-        means.append(statistic(*(value[drawn].mean() for value in values)))
-    return np.percentile(means, [2.5, 97.5])
+    # How often each seed and each class is drawn, as parts of all.
+    seeds, classes = (rng.multinomial(n, np.full(n, 1 / n), size=RESAMPLES) / n for n in values[0].shape)
+    means = (np.einsum("rs,sc,rc->r", seeds, value, classes, optimize=True) for value in values)
+    return np.percentile(statistic(*means), [2.5, 97.5])
 
 
 def measured(runs, name, table, seeds):
@@ -141,7 +137,3 @@ def with_any_test(runs):
     return [
         name for name in runs if any(row["phase"] == "test" and row["loss"] != UNTRAINED for row in runs[name].rows)
     ]
-
-
-def our_changes(runs):
-    return scores_of(runs, OURS, changes())

@@ -15,7 +15,6 @@ from .selection import (
     chosen,
     interval,
     measured,
-    our_changes,
     relative,
     with_any_test,
 )
@@ -94,18 +93,29 @@ def choice_of_defaults(runs):
     return table(title, rows) + (f"\n\nOpen: {', '.join(missing)}." if missing else "")
 
 
-def changed_defaults(runs):
-    """Our defaults and each with one change, on validation."""
-    names = [name for name in TASKS if our_changes(runs[name]).keys() == changes().keys()]
-    if not names:
-        return None
-    scores = {name: our_changes(runs[name]) for name in names}
-    rows = []
-    for label in changes():
-        cells = [np.mean(scores[name][label]) for name in names]
-        ratios = [np.mean(scores[name][label]) / np.mean(scores[name]["defaults"]) for name in names]
-        rows.append([f"`{label}`", *(f"{cell:.1f}" for cell in cells), f"{np.mean(ratios):.2f}"])
-    return table(["", *names, "mean, relative to the defaults"], rows)
+def changed_defaults(runs, seeds):
+    """Our defaults and each with one change, on validation, by the mean of these seeds; empty where one is missing."""
+    found = {
+        label: [mean_of_seeds(runs[name].get("validation", OURS, settings), seeds) for name in TASKS]
+        for label, settings in changes().items()
+    }
+    found = {label: scores for label, scores in found.items() if any(score is not None for score in scores)}
+    everywhere = {label: scores for label, scores in found.items() if None not in scores}
+    scores = relative(np.transpose(list(everywhere.values()))).mean(axis=0) if everywhere else []
+    means = dict(zip(everywhere, scores, strict=True))
+    rows = [
+        [
+            f"`{label}`",
+            *("" if x is None else f"{x:.1f}" for x in scores),
+            f"{means[label]:.3f}" if label in means else "",
+        ]
+        for label, scores in found.items()
+    ]
+    return table(["", *TASKS, "mean, relative to the best that is measured on all"], rows)
+
+
+def mean_of_seeds(rows, seeds):
+    return np.mean([float(rows[seed]["map_at_r"]) for seed in seeds]) if rows.keys() >= set(seeds) else None
 
 
 def musts(runs, seeds):
@@ -199,7 +209,7 @@ def choice_by_agreement(runs, seeds):
             regrets = (f"{mean / means[1] - 1:+.0%}" for mean in (means[0], means[2]))
             cells = (f"{mean:.1f}" for mean in means)
             rows.append([name, loss, f"`{label}`", f"{found[label]:.2f}", *cells, *regrets, f"{rank:.2f}"])
-    header = ["task", "loss", "chosen by agreement", "agreement", "MAP@R", "chosen by fine labels", "defaults"]
+    header = ["task", "loss", "chosen by agreement", "agreement, nats", "MAP@R", "chosen by fine labels", "defaults"]
     return table([*header, "regret of agreement", "regret of the defaults", "Spearman"], rows)
 
 

@@ -74,9 +74,9 @@ class Floor(torch.nn.Module):
         torch.mm(by_proxy, self.embeddings, out=of_proxies)
 
 
-def ours(shape, classes_per_chunk, pooling="max"):
+def ours(shape, classes_per_chunk, pooling="max", views=1):
     weights = {"intra_weight": 0.5, "inter_weight": 0.1, "balance_weight": 0.5}
-    settings = {"pooling": pooling, "classes_per_chunk": classes_per_chunk}
+    settings = {"pooling": pooling, "classes_per_chunk": classes_per_chunk, "views": views}
     return MultiProxyEntropyLoss(shape.C, shape.D, shape.K, **settings, **weights)
 
 
@@ -88,14 +88,18 @@ ROWS = {
     "ours, streamed": lambda s: ours(s, min(CHUNK_BYTES // (4 * s.B * s.K), math.ceil(s.C / 4)) or 1),
     "ours, softmax": lambda s: ours(s, s.C, "softmax"),
     "ours, logsumexp": lambda s: ours(s, s.C, "logsumexp"),
+    "ours, two views": lambda s: ours(s, s.C, views=2),
     "SoftTripleLoss": lambda s: losses.SoftTripleLoss(s.C, s.D, centers_per_class=s.K),
     "SubCenterArcFaceLoss": lambda s: losses.SubCenterArcFaceLoss(num_classes=s.C, embedding_size=s.D, sub_centers=s.K),
     "NormalizedSoftmaxLoss": lambda s: losses.NormalizedSoftmaxLoss(s.C * s.K, s.D),
     "ProxyAnchorLoss": lambda s: losses.ProxyAnchorLoss(s.C * s.K, s.D),
 }
 GROWTH_ROWS = ("floor", "ours, dense", "ours, streamed", "SoftTripleLoss", "SubCenterArcFaceLoss")
-# In this map, four shades of blue come first, then four of orange.
-COLORS = {row: matplotlib.colormaps["tab20c"](max(i, 0)) for i, row in enumerate(ROWS, start=-2)}
+SHADES = {"ours": "Blues_r", "": "Oranges_r"}
+COLORS = {}
+for start, shades in SHADES.items():
+    names = [row for row in ROWS if row not in COLORS and not row.startswith("floor") and row.startswith(start)]
+    COLORS |= dict(zip(names, matplotlib.colormaps[shades](np.linspace(0, 0.7, len(names))), strict=True))
 COLORS |= {"floor": "black", "floor, batch last": "gray"}
 CPU = re.search(r"model name\s*:\s*(.+)|$", Path("/proc/cpuinfo").read_text())[1] or "CPU"
 MACHINE = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{CPU}, {os.cpu_count()} cores"
@@ -111,6 +115,8 @@ class Run:
         self.loss_func = ROWS[row](shape).to(device, dtype if row.startswith("floor") else torch.float32)
         self.embeddings = torch.randn(shape.B, shape.D, device=device, requires_grad=True)
         self.labels = torch.randint(shape.C, (shape.B,), device=device)
+        if row == "ours, two views":
+            self.labels = self.labels[: shape.B // 2].repeat(2)
         if row in ("NormalizedSoftmaxLoss", "ProxyAnchorLoss"):  # whose classes have one proxy each
             self.labels *= shape.K
         self.context = contextlib.nullcontext() if dtype == torch.float32 else torch.autocast(device, dtype)
@@ -157,7 +163,16 @@ def extra_mb_alone(row, shape, mode):
     """In a fresh process, where it is the process that is measured."""
     if mode[0] == "cuda":
         return extra_mb(row, shape, mode)
-    command = [sys.executable, __file__, "--threads", torch.get_num_threads(), "--memory-of", row, *shape[:4]]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.speed.steps",
+        "--threads",
+        torch.get_num_threads(),
+        "--memory-of",
+        row,
+        *shape[:4],
+    ]
     # The threshold makes each buffer its own mapping: else what set-up has freed stays resident, and hides the step's.
     variables = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "MALLOC_MMAP_THRESHOLD_": "4096"}
     result = subprocess.run([*map(str, command)], env=variables, stdout=subprocess.PIPE, text=True, check=True)
@@ -258,9 +273,9 @@ def draw_bars(rows):
         shown = [row for row in rows if table_of(row)[1:] == mode]
         shapes = list(dict.fromkeys(row["shape"] for row in shown))
         for row in shown:
-            x = shapes.index(row["shape"]) + 0.09 * (list(ROWS).index(row["row"]) - 4.5)
+            x = shapes.index(row["shape"]) + 0.083 * (list(ROWS).index(row["row"]) - 5)
             y = float(row[column] or 0)
-            ax.bar(x, y, 0.085, color=COLORS[row["row"]], label="_" * (row["shape"] != shapes[0]) + row["row"])
+            ax.bar(x, y, 0.078, color=COLORS[row["row"]], label="_" * (row["shape"] != shapes[0]) + row["row"])
             ax.text(x, y, f" {row['note'][:7] or rounded(y)}", rotation=90, ha="center", va="bottom", fontsize=9)
         title = f"{column}: {', '.join(mode)}; {shown[-1]['machine']}, {shown[-1]['threads']} threads"
         ax.set(xticks=range(len(shapes)), xticklabels=shapes, ymargin=0.2, ylabel=column, title=title)
@@ -287,7 +302,7 @@ def draw_growth(rows):
     figure.savefig(RESULTS / "speed_growth.png", dpi=100)
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", nargs="+", choices=SHAPES, metavar="NAME", help=f"default: {' '.join(SHAPES)}")
     parser.add_argument("--growth", action="store_true", help="with C at fixed K, and with K at fixed C")
@@ -296,7 +311,7 @@ def main():
     parser.add_argument("--threads", type=int, default=2, metavar="N", help="default: %(default)s")
     parser.add_argument("--report", action="store_true", help="draw what the CSV files hold")
     parser.add_argument("--memory-of", nargs=5, help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     if args.memory_of:
         row, *sizes = args.memory_of

@@ -5,7 +5,11 @@ per run, goes on from what it holds, and makes results/regularizer.md of it.
 """
 
 import torch
-from clinc import (
+from pytorch_metric_learning.losses import SoftTripleLoss
+
+from pml_multiproxy.regularizers import ProxyEntropyRegularizer
+
+from ..clinc import (
     SIZE,
     Data,
     ResidualHead,
@@ -17,9 +21,6 @@ from clinc import (
     run_all,
     train,
 )
-from pytorch_metric_learning.losses import SoftTripleLoss
-
-from pml_multiproxy.regularizers import ProxyEntropyRegularizer
 
 K = 10
 
@@ -50,8 +51,8 @@ def sibling_cosine(loss_func):
     return ((cosines.sum() - 10 * K) / (10 * K * (K - 1))).item()
 
 
-def main():
-    args = make_parser(__doc__, seeds=3).parse_args()
+def main(argv=None):
+    args = make_parser(__doc__, seeds=3).parse_args(argv)
     data = Data(args.data)
 
     def run(seed, make_loss, weight):

@@ -8,7 +8,10 @@ results/dead_proxies.csv, one row per run, goes on from what it holds, and makes
 """
 
 import torch
-from clinc import (
+
+from pml_multiproxy import functional
+
+from ..clinc import (
     Data,
     ResidualHead,
     make_optimizer,
@@ -19,8 +22,6 @@ from clinc import (
     run_all,
     train,
 )
-
-from pml_multiproxy import functional
 
 CASES = {
     "10 classes, batch 16, K=10": {"classes": "domain", "batch_size": 16, "epochs": 3, "lr": 3e-4, "proxies_lr": 3e-3},
@@ -55,8 +56,8 @@ def spread(features, labels, head, loss_func):
     return {"perplexity": perplexity.mean().item(), "used": (shares >= 0.1 / count).sum(dim=1).double().mean().item()}
 
 
-def main():
-    args = make_parser(__doc__, seeds=3).parse_args()
+def main(argv=None):
+    args = make_parser(__doc__, seeds=3).parse_args(argv)
     data = Data(args.data)
 
     def run(seed, classes, settings, proxies_per_class=10, batch_size=128, epochs=10, lr=1e-3, proxies_lr=1e-2):

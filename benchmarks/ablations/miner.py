@@ -4,7 +4,11 @@ MultiSimilarityLoss alone, MultiProxyEntropyLoss alone, and both together with t
 row per run, goes on from what it holds, and makes results/miner.md of it.
 """
 
-from clinc import (
+from pytorch_metric_learning.losses import MultipleLosses, MultiSimilarityLoss
+
+from pml_multiproxy.miners import MultiProxyMiner
+
+from ..clinc import (
     Data,
     ResidualHead,
     make_optimizer,
@@ -15,9 +19,6 @@ from clinc import (
     run_all,
     train,
 )
-from pytorch_metric_learning.losses import MultipleLosses, MultiSimilarityLoss
-
-from pml_multiproxy.miners import MultiProxyMiner
 
 CONFIGURATIONS = {
     "frozen features": {"make_loss": None},
@@ -37,10 +38,10 @@ def joined(proxies_per_class, weight, how):
     return MultipleLosses([proxy_loss, MultiSimilarityLoss()], miners=[None, miner], weights=[1, weight])
 
 
-def main():
+def main(argv=None):
     parser = make_parser(__doc__, seeds=5)
     parser.add_argument("--epochs", type=int, default=10, metavar="N", help="default: %(default)s")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     data = Data(args.data)
 
     def run(seed, make_loss):

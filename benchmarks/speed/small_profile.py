@@ -1,28 +1,28 @@
-"""What a step at the shape "small" of speed.py spends its time on.
+"""What a step at the shape "small" of steps.py spends its time on.
 
-First, beside the floor and our loss, a loss that computes nothing: what PML and autograd take around any; and our
-computation without these, nor any check: what is left if all that is around it took no time. Medians of steps that take
+First, beside the floor and our loss, a loss that computes nothing: what PML and autograd take around any; and our step
+without PML and checks. Medians of steps that take
 turns. Then by the profiler of PyTorch, mean over many steps. The profiler itself takes time, with every operation; so
 its shares say more than its milliseconds. Operations are large if they read as many numbers as there are similarities.
 Writes results/speed_profile.md.
 """
 
 from collections import defaultdict
-from functools import partial
 from math import prod
 from time import perf_counter
 
-import speed
 import torch
 from pytorch_metric_learning.losses import BaseMetricLossFunction
 from pytorch_metric_learning.utils import common_functions as c_f
-from speed import MACHINE, RESULTS, SHAPES, Run, ours, summary, taking_turns
 
-from pml_multiproxy import _streaming as streaming
+from pml_multiproxy import _step as step
+
+from . import steps
+from .steps import MACHINE, RESULTS, SHAPES, Run, ours, summary, taking_turns
 
 STEPS = 300
 NOTHING = "a loss of PML that computes nothing"
-ALONE = "ours, dense, without PML, autograd and checks"
+ALONE = "ours, dense, without PML and checks"
 PRODUCTS = ("aten::mm", "aten::addmm_")
 GROUPS = "the three matrix products", "other large operations", "small operations", "Python, autograd, PML"
 
@@ -50,35 +50,18 @@ class Nothing(BaseMetricLossFunction):
         return {"loss": {"losses": losses, "indices": indices, "reduction_type": "element"}}
 
 
-class Context:
-    """Stands in for that of an autograd function, so that its two methods can be called as any other."""
-
-    def save_for_backward(self, *tensors):
-        self.saved_tensors = tensors
-
-    def mark_non_differentiable(self, *_):
-        pass
-
-    set_materialize_grads = mark_non_differentiable
-
-
 class Alone(torch.nn.Module):
     def __init__(self, shape):
         super().__init__()
-        self.loss_func, self.plan = ours(shape, shape.C), streaming.Plan(shape.C, keep=True)
+        self.loss_func = ours(shape, shape.C)
 
-    @torch.no_grad()
     def forward(self, embeddings, labels):
-        loss_func, self.context = self.loss_func, Context()
-        settings = loss_func._settings(embeddings, labels, loss_func._lengths(torch.float32), self.plan)
-        settings = settings._replace(update_usage=partial(loss_func._own_usage, labels=labels, learns=True))
-        self.losses, *_ = streaming._Loss.forward(self.context, embeddings, loss_func.proxies, labels, settings)
-        return self
-
-    @torch.no_grad()
-    def backward(self):
-        streaming._Loss.backward(self.context, torch.full_like(self.losses, 1 / len(self.losses)))
-        del self.context, self.losses
+        of = self.loss_func
+        result = step.losses_and_terms(
+            embeddings, of.proxies, of.proxy_usage, labels, of.distance, of.classes_per_chunk, of._hyperparameters(),
+            of._layout, training=True,
+        )  # fmt: skip
+        return result.losses.mean()
 
 
 def group(event, shape):
@@ -90,7 +73,7 @@ def group(event, shape):
 
 def around(shape):
     """The table of what a step takes, and our part of it, ready to take more."""
-    speed.ROWS |= {NOTHING: Nothing, ALONE: Alone}
+    steps.ROWS |= {NOTHING: Nothing, ALONE: Alone}
     names = "floor", NOTHING, ALONE, "ours, dense"
     runs = [Run(name, shape, ("cpu", "float32")) for name in names]
     medians, ratios = summary(list(taking_turns(runs, 2 * STEPS))[STEPS:])

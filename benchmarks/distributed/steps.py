@@ -23,11 +23,14 @@ from pathlib import Path
 
 import pytorch_metric_learning as pml
 import torch
-from speed import CPU, RESULTS, resident
 from torch import distributed
 
 from pml_multiproxy._sharding import ranks
 from pml_multiproxy.distributed import ShardedMultiProxyEntropyLoss
+
+from ..speed.steps import CPU, resident
+
+RESULTS = Path(__file__).parent / "results"
 
 Shape = namedtuple("Shape", "B C K D")
 SHAPES = {"sop5": Shape(256, 11318, 5, 512), "many proxies": Shape(256, 100_000, 10, 128)}
@@ -182,12 +185,12 @@ def report():
     print("\n".join(tables))
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", nargs="+", choices=SHAPES, metavar="NAME", help=f"default: {', '.join(SHAPES)}")
     parser.add_argument("--repeats", type=int, default=15, metavar="N", help="default: %(default)s")
     parser.add_argument("--report", action="store_true", help="only make the table of what the CSV holds")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if not args.report:
         chosen = args.shape or list(SHAPES)
         new = [measure(name, SHAPES[name], count, args.repeats) for name in chosen for count in PROCESSES]

@@ -3,7 +3,7 @@
 Writes results/kmeans_start.csv, one row per run, goes on from what it holds, and makes results/kmeans_start.md of it.
 """
 
-from clinc import (
+from ..clinc import (
     Data,
     ResidualHead,
     make_optimizer,
@@ -21,8 +21,8 @@ CONFIGURATIONS = {
 }
 
 
-def main():
-    args = make_parser(__doc__, seeds=3).parse_args()
+def main(argv=None):
+    args = make_parser(__doc__, seeds=3).parse_args(argv)
     data = Data(args.data)
 
     def run(seed, proxies_per_class, start):

@@ -1,0 +1,1 @@
+"""Time, memory and traffic of the sharded loss on several processes."""

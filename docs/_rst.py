@@ -1,0 +1,51 @@
+"""Turns the reStructuredText in the package's docstrings into Markdown: formulas, references and doctests."""
+
+import re
+import textwrap
+
+import griffe
+
+MATH_BLOCK = re.compile(r"^([ ]*)\.\. math::[ ]*(.*(?:\n(?:\1[ ]{2,}.*|[ ]*(?=\n)))*)", re.MULTILINE)
+ROLE = re.compile(r":(?:func|class|mod|meth|data|attr):`~?(?:[^`<]*<)?([^`>]+)>?`")
+DOCTEST = re.compile(r"^(>>> .*(?:\n(?!\n).+)*)", re.MULTILINE)
+
+
+def markdown(text, link):
+    text = MATH_BLOCK.sub(_block, text)
+    text = re.sub(r":math:`([^`]+)`", lambda found: "$" + " ".join(found[1].split()) + "$", text)
+    text = ROLE.sub(lambda found: link(found[1]), text)
+    return DOCTEST.sub(r"```pycon\n\1\n```", text)
+
+
+def _block(found):
+    indent, formula = found[1], textwrap.dedent(found[2]).strip()
+    if "&" in formula:
+        formula = "\\begin{align}\n" + formula + "\n\\end{align}"
+    # A blank line would end the block.
+    lines = [line for line in formula.splitlines() if line.strip()]
+    return "\n".join(indent + line for line in ["$$", *lines, "$$"]) + "\n"
+
+
+class RestructuredText(griffe.Extension):
+    def on_package(self, *, pkg, loader, **kwargs):
+        self.package = pkg
+        self._visit(pkg)
+
+    def _visit(self, obj):
+        if obj.docstring:
+            obj.docstring.value = markdown(obj.docstring.value, lambda name: self._link(obj, name))
+        for member in obj.members.values():
+            if not member.is_alias:
+                self._visit(member)
+
+    def _link(self, obj, name):
+        """To what has a place on an API page; the bare name of anything else."""
+        module = obj if obj.is_module else obj.module
+        for path in (name, f"{module.path}.{name}"):
+            parts = path.split(".")
+            if parts[0] != self.package.name or any(part.startswith("_") for part in parts) or len(parts) != 3:
+                continue
+            owner = self.package.members.get(parts[1])
+            if owner is not None and parts[2] in (owner.exports or ()):
+                return f"[`{parts[2]}`][{path}]"
+        return f"`{name}`"

@@ -171,7 +171,7 @@ class SentenceTransformerTrainer(LibraryTrainer):
         super().__init__(*args, **kwargs)
         self.add_callback(_ClearGradients())
 
-    # These two are what the library's trainer itself overrides of transformers' to save and load a model.
+    # These three are what the library's trainer itself overrides of transformers' to save and load a model.
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         super()._save(output_dir, state_dict)
@@ -180,7 +180,13 @@ class SentenceTransformerTrainer(LibraryTrainer):
 
     def _load_from_checkpoint(self, checkpoint_path: str) -> None:  # type: ignore[override, unused-ignore]
         super()._load_from_checkpoint(checkpoint_path)
-        path = Path(checkpoint_path) / LOSS_FILE
+        self._load_losses(Path(checkpoint_path) / LOSS_FILE)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()  # which calls the method above in newer versions only
+        self._load_losses(Path(str(self.state.best_model_checkpoint)) / LOSS_FILE)
+
+    def _load_losses(self, path: Path) -> None:
         if not path.exists():
             raise FileNotFoundError(
                 f"{path} must exist to resume the loss: was the checkpoint written by another trainer?"

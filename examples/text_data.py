@@ -1,5 +1,6 @@
 """Shared by the examples on text: generated requests, trained with three topics and retrieved by twelve intents."""
 
+import copy
 import os
 import random
 import tempfile
@@ -63,7 +64,12 @@ def load_data(per_intent=40):
 
 
 def make_model():
-    """A small transformer with random weights, whose vocabulary are the words of the requests."""
+    """A small transformer with random weights, the same ones for each call, that knows the words of the requests."""
+    return copy.deepcopy(_random_model())
+
+
+@cache  # also since Transformers lets only the first of several processes save, once they have found each other
+def _random_model():
     texts = [*PREFIXES, *SUFFIXES, *(words for topic in TOPICS.values() for pair in topic.values() for words in pair)]
     vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *sorted({word for text in texts for word in text.split()})]
     tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(vocabulary)}, unk_token="[UNK]"))

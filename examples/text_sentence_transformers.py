@@ -7,7 +7,7 @@ Text, tokenizer and a small random transformer are made here (text_data.py). Pri
 has seen, before training and after it with one view, with dropout as the second view, and with a second wording as the
 second view. With --checkpoints FOLDER, a run that was interrupted goes on where it was.
 
-The same under several processes, with a quarter of the batch each on four:
+The same on several processes, where the batch size is that of each:
 
     torchrun --standalone --nproc-per-node 2 examples/text_sentence_transformers.py
 """
@@ -35,9 +35,7 @@ def train(name, epochs, folder):
     views, columns = VIEWS[name]
     transformers.set_seed(0)
     model = make_model()
-    loss = MultiProxyEntropyLoss(
-        model, len(COARSE), 10, views=views, pooling="logsumexp", intra_weight=0.5, balance_weight=0.5
-    )
+    loss = MultiProxyEntropyLoss(model, len(COARSE), 10, views=views)
     arguments = SentenceTransformerTrainingArguments(
         output_dir=str(folder),
         num_train_epochs=epochs,

@@ -1,6 +1,6 @@
 """Several balanced proxies per class, for PyTorch Metric Learning."""
 
-from . import agreement, functional, losses, miners, regularizers, views
+from . import agreement, functional, inspection, losses, miners, regularizers, views
 from ._register import register
 from .losses import MultiProxyEntropyLoss
 from .miners import MultiProxyMiner
@@ -15,6 +15,7 @@ __all__ = [
     "__version__",
     "agreement",
     "functional",
+    "inspection",
     "losses",
     "miners",
     "register",

@@ -68,6 +68,12 @@ def embeddings(value: object, proxies: Tensor, name: str = "embeddings") -> None
         )
 
 
+def finite(name: str, value: Tensor) -> None:
+    """Makes a GPU wait: not for training."""
+    if not value.isfinite().all():
+        raise ValueError(f"{name} must be finite, got NaN or infinite values")
+
+
 def integers(name: str, value: object, count: int) -> Tensor:
     """The integers, one for each embedding, as ``torch.long``: an index of ``uint8`` would be taken for a mask."""
     if not isinstance(value, Tensor):

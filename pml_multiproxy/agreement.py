@@ -20,10 +20,8 @@ takes all samples but a few, these few decide on the quotient, which can be as l
 its true parts. The information itself is small there.
 
 How many samples it takes. Few samples tell less than many, the more so the more proxies there are, so that few samples
-prefer too few proxies. On the digits (``benchmarks/agreement``), 20 held-out samples of a class give about half of the
-agreement of ten proxies that all 585 give; from 50 on, the choice of the settings is about as good as with all. Compare
-settings on the same samples only. Over pairs of seeds, the standard deviation is about 0.1: average over more than one
-pair where settings lie closer together.
+prefer too few proxies: compare settings on the same samples only, and average over more than one pair of seeds where
+settings lie close together.
 
 Limits. It tells how well clusters can be found again, not whether a user wants them: a class that is one cluster to its
 user may split in the same way each time. For new classes, validate on held-out classes, whose labels are there.
@@ -49,7 +47,6 @@ from . import _validation as check
 __all__ = ["Agreement", "assignment_agreement", "proxy_agreement"]
 
 MIN_SAMPLES = 20
-"""Fewer samples of a class tell less than half of what many do."""
 
 
 class Agreement(NamedTuple):
@@ -101,8 +98,7 @@ def proxy_agreement(
         embeddings: one ``(N, D)`` for each loss: the same samples, in the same order, embedded by the network (in
             ``eval()`` mode) that was trained with that loss.
         labels: ``(N,)``, integers: the classes of training.
-        min_samples: classes with fewer samples are left out: by default, those that tell less than half of what more
-            samples would.
+        min_samples: classes with fewer samples are left out.
 
     Raises:
         TypeError, ValueError: for an argument of the wrong kind, shape or range, embeddings that are not finite, and
@@ -147,8 +143,7 @@ def assignment_agreement(
         assignments: of at least two trainings, each ``(N,)``, integers: the number of a proxy, a center, a cluster
             within the class of the sample. The order of the numbers does not matter.
         labels: ``(N,)``, integers: the classes of training.
-        min_samples: classes with fewer samples are left out: by default, those that tell less than half of what more
-            samples would.
+        min_samples: classes with fewer samples are left out.
 
     Raises:
         TypeError, ValueError: for an argument of the wrong kind, shape or range, and where every class is left out.

@@ -99,7 +99,7 @@ class ShardedMultiProxyEntropyLoss(ProxyLossModule):
         margin: float = 0.0,
         pooling: str = "logsumexp",
         temperature: float = 0.1,
-        intra_weight: float = 0.5,
+        intra_weight: float = 0.25,
         inter_weight: float = 0.0,
         balance_weight: float = 0.5,
         usage_momentum: float = 0.9,

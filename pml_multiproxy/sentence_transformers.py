@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sentence_transformers import SentenceTransformer  # type: ignore[import-not-found, unused-ignore]
+from sentence_transformers import SentenceTransformer
 from sentence_transformers import SentenceTransformerTrainer as LibraryTrainer
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
-from transformers import TrainerCallback  # type: ignore[import-not-found, unused-ignore]
+from transformers import TrainerCallback
 
 from . import losses
 from ._module import SETTINGS
@@ -147,7 +147,7 @@ class MultiProxyEntropyLoss(nn.Module):
         return self._parallel[0]
 
 
-class SentenceTransformerTrainer(LibraryTrainer):  # type: ignore[misc, unused-ignore]
+class SentenceTransformerTrainer(LibraryTrainer):
     """The library's trainer, whose checkpoints hold the loss, too.
 
     The library saves the model alone: resumed from a checkpoint, training goes on with fresh proxies and the optimizer
@@ -171,16 +171,22 @@ class SentenceTransformerTrainer(LibraryTrainer):  # type: ignore[misc, unused-i
         super().__init__(*args, **kwargs)
         self.add_callback(_ClearGradients())
 
-    # These two are what the library's trainer itself overrides of transformers' to save and load a model.
+    # These three are what the library's trainer itself overrides of transformers' to save and load a model.
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         super()._save(output_dir, state_dict)
         state = {name: _split(loss, self.model)[1] for name, loss in self._losses()}
-        torch.save(state, Path(output_dir or self.args.output_dir) / LOSS_FILE)
+        torch.save(state, Path(output_dir or str(self.args.output_dir)) / LOSS_FILE)
 
-    def _load_from_checkpoint(self, checkpoint_path: str) -> None:
+    def _load_from_checkpoint(self, checkpoint_path: str) -> None:  # type: ignore[override, unused-ignore]
         super()._load_from_checkpoint(checkpoint_path)
-        path = Path(checkpoint_path) / LOSS_FILE
+        self._load_losses(Path(checkpoint_path) / LOSS_FILE)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()  # which calls the method above in newer versions only
+        self._load_losses(Path(str(self.state.best_model_checkpoint)) / LOSS_FILE)
+
+    def _load_losses(self, path: Path) -> None:
         if not path.exists():
             raise FileNotFoundError(
                 f"{path} must exist to resume the loss: was the checkpoint written by another trainer?"
@@ -194,7 +200,7 @@ class SentenceTransformerTrainer(LibraryTrainer):  # type: ignore[misc, unused-i
         yield from self.loss.items() if isinstance(self.loss, dict) else [("", self.loss)]
 
 
-class _ClearGradients(TrainerCallback):  # type: ignore[misc, unused-ignore]
+class _ClearGradients(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         kwargs["optimizer"].zero_grad()
 

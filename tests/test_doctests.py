@@ -13,6 +13,7 @@ from pml_multiproxy import (
     agreement,
     distributed,
     functional,
+    inspection,
     losses,
     miners,
     regularizers,
@@ -32,6 +33,7 @@ MODULES = [
     chunks,
     distributed,
     functional,
+    inspection,
     losses,
     miners,
     regularizers,
@@ -60,4 +62,5 @@ def test_every_public_function_and_class_has_one(module):
 
 def test_every_public_method_of_the_loss_has_one():
     loss = losses.MultiProxyEntropyLoss
-    assert all(">>>" in method.__doc__ for method in (loss.get_logits, loss.assign, loss.init_proxies))
+    methods = (loss.get_logits, loss.assign, loss.soft_assign, loss.get_outliers, loss.init_proxies)
+    assert all(">>>" in method.__doc__ for method in methods)

@@ -30,6 +30,13 @@ def run(name, *arguments, start=("-W", "error::FutureWarning")):
     return result.stdout
 
 
+@pytest.fixture
+def example(monkeypatch):
+    """Imports an example by name."""
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    return importlib.import_module
+
+
 def check_coarse_to_fine(out, seeds):
     rows = json.loads((out / "metrics.json").read_text())
     assert sorted((row["loss"], row["views"], row["seed"]) for row in rows) == sorted(
@@ -51,8 +58,9 @@ def ratio_to_the_best_peer(map_at_r):
     return map_at_r[OURS, 2] / max(value for (loss, _), value in map_at_r.items() if loss != OURS)
 
 
-def test_coarse_to_fine(tmp_path):
-    printed = run("coarse_to_fine.py", "--out", tmp_path, "--epochs", 1, "--seeds", 2)
+def test_coarse_to_fine(example, tmp_path, capsys):
+    example("coarse_to_fine").main(["--out", str(tmp_path), "--epochs", "1", "--seeds", "2"])
+    printed = capsys.readouterr().out
     check_coarse_to_fine(tmp_path, seeds=2)
     table = (tmp_path / "table.md").read_text()
     assert table in printed
@@ -63,6 +71,38 @@ def test_coarse_to_fine(tmp_path):
         assert (csv_folder / f"metric_loss_{loss}.csv").exists()
         assert (csv_folder / "logs.db").exists()
         assert list(csv_folder.parent.glob("tensorboard/events*"))
+
+
+def test_all_losses_see_the_same_views(example, monkeypatch, tmp_path):
+    digits, coarse_to_fine = example("digits"), example("coarse_to_fine")
+    random_view, seen = digits.random_view, []
+
+    def recorded(image):
+        view = random_view(image)
+        seen[-1].append(view)
+        return view
+
+    def train_and_test(*arguments):
+        seen.append([])
+        return of_the_example(*arguments)
+
+    of_the_example = coarse_to_fine.train_and_test
+    monkeypatch.setattr(digits, "random_view", recorded)
+    monkeypatch.setattr(coarse_to_fine, "train_and_test", train_and_test)
+    coarse_to_fine.main(["--out", str(tmp_path), "--epochs", "1", "--seeds", "1"])
+    augmented = [torch.stack(views) for views in seen if views]
+    assert len(augmented) == len(RUNS) - 1  # ours with one view sees the images as they are
+    assert len(augmented[0]) == 2 * 14 * 64  # two views, and as many whole batches as there are
+    assert all(views.equal(augmented[0]) for views in augmented)
+
+
+def test_a_view_is_a_slight_change_of_its_image(example):
+    digits = example("digits")
+    images, _ = digits.load_data()[0].tensors
+    views = torch.stack([digits.random_view(image) for image in images])
+    assert views.shape == images.shape
+    assert 0.02 < (views - images).abs().mean() < (images.roll(1, dims=0) - images).abs().mean()
+    assert torch.nn.functional.cosine_similarity(views.flatten(1), images.flatten(1)).mean() > 0.8
 
 
 @pytest.mark.slow
@@ -78,12 +118,6 @@ def test_committed_result_reaches_what_the_readme_says():
     assert ratio_to_the_best_peer(committed) >= 1.5
 
 
-@pytest.fixture
-def digits(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "examples")
-    return importlib.import_module("digits")
-
-
 class WithoutConstants(MultiProxyEntropyLoss):
     def _loss_dict(self, batch):
         loss_dict = super()._loss_dict(batch)
@@ -94,8 +128,9 @@ class WithoutConstants(MultiProxyEntropyLoss):
 
 
 @pytest.mark.slow
-def test_avg_non_zero_reducer_loses_no_quality(digits):
+def test_avg_non_zero_reducer_loses_no_quality(example):
     """The constants in the loss keep samples above 0; without them, this reducer would drop most."""
+    digits = example("digits")
 
     def train(cls, reducer, seed):
         torch.manual_seed(seed)
@@ -119,14 +154,16 @@ def numbers(printed):
     return [[float(cell) for cell in row] for row in rows]
 
 
-def test_pair_loss_with_miner():
-    table = numbers(run("pair_loss_with_miner.py", "--epochs", 1, "--seeds", 1))
+def test_pair_loss_with_miner(example, capsys):
+    example("pair_loss_with_miner").main(["--epochs", "1", "--seeds", "1"])
+    table = numbers(capsys.readouterr().out)
     assert [len(row) for row in table] == [1, 1, 1, 1]
     assert all(0 < value < 100 for row in table for value in row)
 
 
-def test_start_from_kmeans():
-    table = numbers(run("start_from_kmeans.py", "--epochs", 2, "--seeds", 1))
+def test_start_from_kmeans(example, capsys):
+    example("start_from_kmeans").main(["--epochs", "2", "--seeds", "1"])
+    table = numbers(capsys.readouterr().out)
     assert [len(row) for row in table] == [2, 2]
     assert all(0 < value < 100 for row in table for value in row)
 

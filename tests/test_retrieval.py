@@ -2,6 +2,7 @@
 
 import csv
 import importlib
+import inspect
 import io
 import json
 import zipfile
@@ -13,6 +14,8 @@ import pytest
 import torch
 from PIL import Image
 from pytorch_metric_learning import losses, miners
+
+from pml_multiproxy import MultiProxyEntropyLoss
 
 ROOT = Path(__file__).parent.parent
 SETTINGS = "--configs", "2", "--seeds", "2", "--threads", "1"
@@ -61,6 +64,12 @@ def test_configurations_are_those_that_were_drawn(modules):
     assert {len(configurations) for configurations in drawn.values()} == {12}
     several = {tuple(c[f.several] for c in drawn[name][1:]) for name, f in losses.FAMILIES.items() if f.several}
     assert several == {(10, 5, 5, 2, 10, 15, 20, 20, 30, 1, 30)}
+
+
+def test_our_defaults_are_those_of_the_loss(modules):
+    written = {name: value for name, value in modules["losses"].OUR_DEFAULTS.items() if name != "proxies_lr"}
+    signature = inspect.signature(MultiProxyEntropyLoss).parameters
+    assert written == {name: signature[name].default for name in written}
 
 
 def test_settings_are_read_as_they_were_written(modules):

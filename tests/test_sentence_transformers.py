@@ -43,7 +43,8 @@ def model(text_data):
 def features(text_data, model):
     """What the trainer makes of two text columns, and the labels."""
     rows = text_data.load_data()[0][::40]
-    columns = [model.preprocess([row[name] for row in rows]) for name in ("text", "other_wording")]
+    preprocess = getattr(model, "preprocess", model.tokenize)  # its name in early versions 5
+    columns = [preprocess([row[name] for row in rows]) for name in ("text", "other_wording")]
     return columns, torch.tensor([row["label"] for row in rows])
 
 
@@ -251,9 +252,9 @@ def test_the_best_model_comes_back_with_its_proxies(text_data, tmp_path):
     train(trainer)
     assert trainer.state.best_model_checkpoint.endswith("checkpoint-5")
     assert sorted(path.parent.name for path in tmp_path.glob(f"*/{LOSS_FILE}")) == ["checkpoint-20", "checkpoint-5"]
-    again = make_trainer(text_data, tmp_path / "again", max_steps=20, save_strategy="no")
-    train(again, crash_after=5)
-    assert same(state(again), state(trainer))
+    first, last = (torch.load(tmp_path / f"checkpoint-{step}" / LOSS_FILE)[""] for step in (5, 20))
+    assert same(first, state(trainer))
+    assert not same(last, state(trainer))
 
 
 def test_several_losses(text_data, tmp_path):

@@ -7,6 +7,7 @@ import re
 
 import pytest
 import torch
+from cases import memory_full_of_nan
 from distributed_helpers import (
     BROADCAST_BUFFERS,
     CLASSES,
@@ -81,6 +82,19 @@ def test_sharded_equals_one_process(group, distance):
             assert len(sharded.classes) == (3 if distributed.get_rank(group) < 3 else 2)
             for embeddings, labels in rows(UNEVEN, steps=4):
                 assert_same_step(one, sharded, embeddings, labels)
+
+
+@on(2)
+@pytest.mark.parametrize("settings", [{}, {"classes_per_chunk": 1}, {"distance": "L2"}])
+def test_proxies_of_any_strides(group, settings):
+    one, sharded = pair_of_losses(group, **settings)
+    strange = local(sharded.proxies).transpose(0, 1).contiguous().transpose(0, 1)
+    assert not strange.is_contiguous()
+    sharded.proxies = torch.nn.Parameter(sharded._layout.sharded(strange))
+    assert not local(sharded.proxies).is_contiguous()
+    for embeddings, labels in rows([4, 9], steps=2):
+        with memory_full_of_nan():
+            assert_same_step(one, sharded, embeddings, labels)
 
 
 @on(1, 4)

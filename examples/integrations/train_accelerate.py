@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import DataLoaderConfiguration, set_seed
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -42,7 +42,13 @@ def main(argv=None):
     parser.add_argument("--epochs", type=int, default=10, metavar="N", help="default: %(default)s")
     parser.add_argument("--checkpoints", type=Path, metavar="FOLDER", help="default: none are kept")
     args = parser.parse_args(argv)
-    accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="bf16", gradient_accumulation_steps=2)
+    accelerator = Accelerator(
+        cpu=not torch.cuda.is_available(),
+        mixed_precision="bf16",
+        gradient_accumulation_steps=2,
+        # The order of samples then depends on seed and epoch alone.
+        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True),
+    )
     set_seed(0)
     model = Model()
     optimizer = make_optimizer(model.network, model.loss_func)  # without the loss, proxies would never be trained
@@ -53,6 +59,7 @@ def main(argv=None):
     if saved:
         accelerator.load_state(str(saved[-1]))  # model, loss, optimizer and random states
     for epoch in range(len(saved), args.epochs):
+        loader.set_epoch(epoch)
         for images, labels in loader:
             with accelerator.accumulate(model):
                 accelerator.backward(model(images, labels))

@@ -20,8 +20,10 @@ takes all samples but a few, these few decide on the quotient, which can be as l
 its true parts. The information itself is small there.
 
 How many samples it takes. Few samples tell less than many, the more so the more proxies there are, so that few samples
-prefer too few proxies: compare settings on the same samples only, and average over more than one pair of seeds where
-settings lie close together.
+prefer too few proxies: compare settings on the same samples only. On the digits with two views, 20 held-out samples of
+a class give about half of what all 585 give for ten proxies, and 50 led to the same choice of settings as all
+(``benchmarks/agreement``). The standard deviation over pairs of seeds was 0.1 to 0.2 there: average over more than one
+pair where settings lie closer together.
 
 Limits. It tells how well clusters can be found again, not whether a user wants them: a class that is one cluster to its
 user may split in the same way each time. For new classes, validate on held-out classes, whose labels are there.
@@ -47,6 +49,7 @@ from . import _validation as check
 __all__ = ["Agreement", "assignment_agreement", "proxy_agreement"]
 
 MIN_SAMPLES = 20
+"""Ten proxies tell about half with so few samples of a class: benchmarks/agreement/results/samples.md."""
 
 
 class Agreement(NamedTuple):

@@ -119,11 +119,15 @@ class MultiProxyEntropyLoss(ProxyLossModule):
             apart, :math:`\exp` of the mean of :math:`\mathrm{KL}(q_i \Vert u_{y_i})` over the samples of a class: mean
             and minimum over the classes of the batch. Identical proxies have an even usage, but count as one here.
             Over few samples of a class it is noisy, and may exceed :math:`K`.
+        views_agree: with ``collect_stats=True``, the share of samples all of whose views are nearest to the same proxy
+            of their class; 1 with a single view.
 
     Calling it: ``loss_func(embeddings, labels, indices_tuple=None)`` with embeddings ``(B, D)``, labels ``(B,)`` of an
     integer dtype in ``[0, C)``, and optionally the tuple of a miner, which weights samples as in PML's other
     classification losses: a sample that was not mined has weight 0, but stays in the mean; a tuple of empty tensors
-    counts as none. The loss is in :func:`~pml_multiproxy.functional.compute_dtype` of embeddings and proxies.
+    counts as none. The loss is in :func:`~pml_multiproxy.functional.compute_dtype` of embeddings and proxies. With a
+    weight or embedding regularizer, it is in the dtype of the embeddings, in which PML adds the terms: with ``float16``
+    and a ``GradScaler``, gradients may then overflow.
 
     Raises:
         TypeError, ValueError: for an argument of the wrong kind, shape, dtype, device or range. Labels and indices that

@@ -159,15 +159,14 @@ class ProxyLossModule(WeightRegularizerMixin, BaseMetricLossFunction):  # type: 
         check.embeddings(embeddings, self.proxies)
         proxies = self._layout.local(self.proxies)
         dtype = functional.compute_dtype(embeddings, proxies)
-        if torch.compiler.is_compiling():  # with a batch of any length, and so of any plan
-            count = self.num_classes
-        else:
+        if len(proxies) == 0:
+            return embeddings.new_empty(len(embeddings), 0, dtype=dtype)
+        count = len(proxies)
+        if not torch.compiler.is_compiling():  # which is with a batch of any length, and so of any plan
             plan = make_plan(self.classes_per_chunk, len(embeddings), proxies, dtype)
-            count = max(len(proxies), 1) if plan.keep else plan.classes_per_chunk
-        pooled = [self._pooled(embeddings, some) for some in torch.split(proxies, count)] if len(proxies) else []
-        return (
-            self.scale * torch.cat(pooled, dim=1) if pooled else embeddings.new_empty(len(embeddings), 0, dtype=dtype)
-        )
+            count = len(proxies) if plan.keep else plan.classes_per_chunk
+        pooled = [self._pooled(embeddings, some) for some in torch.split(proxies, count)]
+        return self.scale * torch.cat(pooled, dim=1)
 
     @torch.no_grad()
     def assign(self, embeddings: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -235,8 +234,7 @@ class ProxyLossModule(WeightRegularizerMixin, BaseMetricLossFunction):  # type: 
         """
         check.embeddings(embeddings, self.proxies)
         labels = check.labels(labels, len(embeddings), self.num_classes).to(embeddings.device)
-        if not embeddings.isfinite().all():
-            raise ValueError("embeddings must be finite, got NaN or infinite values")
+        check.finite("embeddings", embeddings)
         positions = self._layout.positions(labels)
         is_local = self._layout.is_local(positions)
         if is_local is not None:

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import functional
 from ._similarity import similarities
 
 MOST_SIMILARITIES = 2**20
@@ -18,13 +19,13 @@ def nearest_of_all(distance: Any, embeddings: Tensor, proxies: Tensor) -> tuple[
     """
     count, (held, per_class, _) = len(embeddings), proxies.shape
     position = torch.zeros(count, dtype=torch.long, device=embeddings.device)
-    largest = embeddings.new_full((count,), -torch.inf, dtype=torch.promote_types(embeddings.dtype, proxies.dtype))
+    largest = embeddings.new_full((count,), -torch.inf, dtype=functional.compute_dtype(embeddings, proxies))
     step = max(MOST_SIMILARITIES // max(count * per_class, 1), 1)
     for start in range(0, held, step):
         block = similarities(distance, embeddings, proxies[start : start + step].flatten(0, 1))
         values, places = block.max(dim=1)
         position = torch.where(values > largest, start * per_class + places, position)
-        largest = torch.maximum(values, largest.to(values.dtype))
+        largest = torch.maximum(values, largest)
     return largest, position
 
 
@@ -34,8 +35,7 @@ def to_target(distance: Any, embeddings: Tensor, labels: Tensor, proxies: Tensor
     Time and memory are linear in the number of embeddings, whatever the number of classes.
     """
     per_class = proxies.shape[1]
-    result = embeddings.new_empty(len(labels), per_class, dtype=torch.promote_types(embeddings.dtype, proxies.dtype))
-    result = result.to(torch.promote_types(result.dtype, torch.float32))
+    result = embeddings.new_empty(len(labels), per_class, dtype=functional.compute_dtype(embeddings, proxies))
     order = labels.argsort()
     classes, counts = torch.unique_consecutive(labels[order], return_counts=True)
     for of_classes, rows in _blocks(counts.tolist(), per_class):
@@ -43,7 +43,7 @@ def to_target(distance: Any, embeddings: Tensor, labels: Tensor, proxies: Tensor
         block = similarities(distance, embeddings[samples], proxies[classes[of_classes]].flatten(0, 1))
         block = torch.unflatten(block, 1, (-1, per_class))
         place = torch.arange(len(counts[of_classes]), device=labels.device).repeat_interleave(counts[of_classes])
-        result[samples] = block[torch.arange(len(samples), device=labels.device), place].to(result.dtype)
+        result[samples] = block[torch.arange(len(samples), device=labels.device), place]
     return result
 
 

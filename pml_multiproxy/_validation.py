@@ -8,12 +8,16 @@ import torch
 from torch import Tensor, distributed
 
 
-def positive_int(name: str, value: object) -> int:
+def integer(name: str, value: object, low: int) -> int:
     if isinstance(value, bool) or not isinstance(value, Integral):
-        raise TypeError(f"{name} must be an int of at least 1, got {value!r} of type {type(value).__name__}")
-    if value < 1:
-        raise ValueError(f"{name} must be an int of at least 1, got {value!r}")
+        raise TypeError(f"{name} must be an int of at least {low}, got {value!r} of type {type(value).__name__}")
+    if value < low:
+        raise ValueError(f"{name} must be an int of at least {low}, got {value!r}")
     return int(value)
+
+
+def positive_int(name: str, value: object) -> int:
+    return integer(name, value, low=1)
 
 
 def real(name: str, value: object, allowed: str, low: float = -math.inf, high: float = math.inf) -> float:

@@ -128,8 +128,7 @@ def proxy_agreement(
                 "pass assignments to assignment_agreement instead"
             )
         points = torch.as_tensor(of_run)
-        if not points.isfinite().all():
-            raise ValueError(f"embeddings[{run}] must be finite, got NaN or infinite values")
+        check.finite(f"embeddings[{run}]", points)
         assignments.append(loss_func.assign(points, classes.to(points.device))[1])
     return assignment_agreement(assignments, classes, min_samples=min_samples)
 

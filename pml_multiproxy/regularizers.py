@@ -11,6 +11,7 @@ from torch import Tensor
 
 from . import _autocast, functional
 from . import _validation as check
+from ._similarity import oriented
 
 __all__ = ["ProxyEntropyRegularizer"]
 
@@ -114,7 +115,7 @@ class ProxyEntropyRegularizer(BaseRegularizer):  # type: ignore[misc]
         with _autocast.without(weights.device.type):
             values = _blocks_of(self.distance)(weights, self.proxies_per_class, self.distance)
         _record_norms(self.distance, weights)
-        return values if self.distance.is_inverted else -values
+        return oriented(self.distance, values)
 
 
 def _min_entropy(similarities: Tensor, temperature: float) -> Tensor:

@@ -1,6 +1,6 @@
 """What many tests go over: distances with their reference, and the implementations of the loss."""
 
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from unittest import mock
 
 import reference
@@ -53,19 +53,22 @@ def computed_by(implementation):
 
 @contextmanager
 def memory_full_of_nan():
-    """New memory that nothing has written to shows as NaN."""
-    originals = {name: getattr(torch, name) for name in ("empty", "empty_like")}
-    new_empty = torch.Tensor.new_empty
+    """Whoever asks for memory that is not initialised gets it full of NaN, or of the largest integer."""
 
     def filled(make):
-        def call(*arguments, **keywords):
-            tensor = make(*arguments, **keywords)
-            return tensor.fill_(torch.nan) if tensor.is_floating_point() and not tensor.is_meta else tensor
+        def fill(*args, **kwargs):
+            with torch.no_grad():
+                tensor = make(*args, **kwargs)
+                if tensor.is_floating_point():
+                    tensor.fill_(float("nan"))
+                elif tensor.dtype != torch.bool:
+                    tensor.fill_(torch.iinfo(tensor.dtype).max)
+            return tensor
 
-        return call
+        return fill
 
-    with (
-        mock.patch.multiple(torch, **{name: filled(make) for name, make in originals.items()}),
-        mock.patch.object(torch.Tensor, "new_empty", filled(new_empty)),
-    ):
+    names = [(torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"), (torch.Tensor, "new_empty")]
+    with ExitStack() as stack:
+        for owner, name in names:
+            stack.enter_context(mock.patch.object(owner, name, filled(getattr(owner, name))))
         yield

@@ -1,14 +1,13 @@
 """What the fuzz does with a case, and how it compares the outcome with the reference."""
 
-import contextlib
 import copy
 import random
 from dataclasses import replace
-from unittest import mock
 
 import fuzz_reference as reference
 import pytest
 import torch
+from cases import memory_full_of_nan
 from fuzz_cases import Drawn
 from pytorch_metric_learning import reducers
 from torch.utils.checkpoint import checkpoint
@@ -19,29 +18,6 @@ EXACT = 1e-9
 TIMES_PLAIN = 50, 50
 """How many times as large as that of plain autograd, or as the change by inputs that are a unit of rounding off, an
 error may be, and in float32 how many units of rounding beside. Under autocast, a fifth of that."""
-
-
-@contextlib.contextmanager
-def memory_full_of_nan():
-    """Whoever asks for memory that is not initialised gets it full of NaN, or of the largest integer."""
-
-    def filled(make):
-        def fill(*args, **kwargs):
-            with torch.no_grad():
-                tensor = make(*args, **kwargs)
-                if tensor.is_floating_point():
-                    tensor.fill_(float("nan"))
-                elif tensor.dtype != torch.bool:
-                    tensor.fill_(torch.iinfo(tensor.dtype).max)
-            return tensor
-
-        return fill
-
-    names = [(torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"), (torch.Tensor, "new_empty")]
-    with contextlib.ExitStack() as stack:
-        for owner, name in names:
-            stack.enter_context(mock.patch.object(owner, name, filled(getattr(owner, name))))
-        yield
 
 
 def autocast(case, enabled):

@@ -1,10 +1,13 @@
 """Settings at which the loss is one of PML's own: values and gradients."""
 
+import inspect
+
 import pytest
 import torch
 from pytorch_metric_learning import losses as pml_losses
 
 from pml_multiproxy import losses
+from pml_multiproxy.distributed import ShardedMultiProxyEntropyLoss
 
 CLASSES, SIZE, BATCH = 5, 8, 16
 WITHOUT_ENTROPIES = {"intra_weight": 0, "inter_weight": 0, "balance_weight": 0}
@@ -56,3 +59,12 @@ def test_equals_pml(case, mined):
     torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-12)
     wanted = theirs.get_parameter(name).grad.T
     torch.testing.assert_close(ours.proxies.grad.flatten(0, 1), wanted, rtol=1e-10, atol=1e-12)
+
+
+def test_the_sharded_loss_has_the_defaults_of_the_ordinary_one():
+    ordinary, sharded = (
+        {name: parameter.default for name, parameter in inspect.signature(cls).parameters.items()}
+        for cls in (losses.MultiProxyEntropyLoss, ShardedMultiProxyEntropyLoss)
+    )
+    assert ordinary.pop("usage_group") is sharded.pop("process_group") is None
+    assert sharded == ordinary

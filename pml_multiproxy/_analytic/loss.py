@@ -21,7 +21,7 @@ class Result(NamedTuple):
     losses: Tensor
     """``(B,)``."""
     terms: functional.Terms
-    """What these are made of; without a gradient."""
+    """What these are made of, to be looked at: the analytic gradient does not pass through them."""
     assignments: Tensor
     """``(B, K)``, to the proxies of the target class; of no meaning where another process holds that."""
 

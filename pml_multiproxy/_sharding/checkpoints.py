@@ -15,13 +15,13 @@ from contextlib import contextmanager, suppress
 from dataclasses import is_dataclass
 from enum import Enum
 from io import BytesIO
-from numbers import Integral
 from pathlib import Path, PurePath
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, distributed
+from torch.distributed import tensor as dtensor
 from torch.distributed.checkpoint import state_dict as states
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
@@ -32,11 +32,6 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from .. import _validation as check
-
-try:
-    from torch.distributed import tensor as dtensor
-except ImportError:  # before PyTorch 2.5
-    from torch.distributed import _tensor as dtensor  # type: ignore[no-redef]
 
 T = TypeVar("T")
 
@@ -87,7 +82,7 @@ def save_checkpoint(
     7
     """
     ranks = _AllRanks(process_group)
-    steps = ranks.run("step", lambda: _checked(step), raises=(TypeError, ValueError))
+    steps = ranks.run("step", lambda: check.integer("step", step, low=0), raises=(TypeError, ValueError))
     if len(set(steps)) > 1:
         raise ValueError(f"step must be the same on all ranks, got {steps}, from rank 0 on")
     whole = _path(Path(folder), steps[0])
@@ -207,14 +202,6 @@ class _AllRanks:
     def share(self, items: list[str]) -> list[str]:
         """This rank's share of a work that is to be done once."""
         return items[self.rank :: self.size]
-
-
-def _checked(step: object) -> int:
-    if isinstance(step, bool) or not isinstance(step, Integral):
-        raise TypeError(f"step must be an int of at least 0, got {step!r} of type {type(step).__name__}")
-    if step < 0:
-        raise ValueError(f"step must be an int of at least 0, got {step!r}")
-    return int(step)
 
 
 def _path(folder: Path, step: int) -> Path:

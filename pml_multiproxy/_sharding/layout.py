@@ -76,9 +76,7 @@ class ShardedLayout:
         return self.ranks.gather(embeddings, sizes).to(dtype), all_labels, sizes
 
     def nearest(self, similarity: Tensor, position: Tensor, sizes: list[int]) -> Tensor:
-        # A row that is not a number has no nearest proxy: any will do, as long as all ranks say the same.
-        found = self.ranks.nearest(similarity.nan_to_num(-torch.inf, torch.inf, -torch.inf), position)
-        return torch.split(found, sizes)[self.ranks.rank]
+        return torch.split(self.ranks.nearest(similarity, position), sizes)[self.ranks.rank]
 
 
 def _counts(indices_tuple: tuple[Tensor, ...] | None, labels: Tensor) -> Tensor:

@@ -38,6 +38,8 @@ class Ranks:
 
     def nearest(self, similarity: Tensor, position: Tensor) -> Tensor:
         """``(B,)``: of the positions that the ranks have, the first one that has the largest similarity."""
+        # A row that is not a number has no nearest proxy: any will do, as long as all ranks say the same.
+        similarity = similarity.nan_to_num(-torch.inf, torch.inf, -torch.inf)
         largest = similarity.clone()
         distributed.all_reduce(largest, distributed.ReduceOp.MAX, group=self.group)
         position = torch.where(similarity == largest, position, torch.iinfo(position.dtype).max)

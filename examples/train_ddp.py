@@ -60,8 +60,8 @@ def main(argv=None):
     for epoch, network in enumerate(train(args.epochs, args.batch_size), start=1):
         if distributed.get_rank() == 0:
             print(f"epoch {epoch}: MAP@R {map_at_r(network):.1f}", flush=True)
-    # The first process is still testing: do not end the group under it. Now and then a process still aborts as Python
-    # ends. The abort at exit under torchrun is PyTorch's (3 of 70 without this package, 4 of 70 with it).
+    # The first process is still testing: do not end the group under it. Now and then a process under torchrun still
+    # aborts as Python ends, which PyTorch does without this package, too.
     distributed.barrier()
     distributed.destroy_process_group()
 

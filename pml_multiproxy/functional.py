@@ -134,7 +134,8 @@ def pool_softmax(similarities: Tensor, scale: float, temperature: float) -> Tens
     >>> pool_softmax(torch.tensor([[[0.4, 0.4], [0.0, 1.0]]]), scale=10.0, temperature=0.1)
     tensor([[0.4000, 1.0000]])
     """
-    return (F.softmax(similarities / temperature, dim=-1) * similarities).sum(dim=-1)
+    largest, below = _relative_to_largest(similarities)
+    return largest + (F.softmax(below / temperature, dim=-1) * below).sum(dim=-1)
 
 
 def pool_logsumexp(similarities: Tensor, scale: float, temperature: float) -> Tensor:
@@ -154,7 +155,15 @@ def pool_logsumexp(similarities: Tensor, scale: float, temperature: float) -> Te
     >>> pool_logsumexp(torch.zeros(1, 1, 2), scale=1.0, temperature=0.1)  # log 2
     tensor([[0.6931]])
     """
-    return torch.logsumexp(scale * similarities, dim=-1) / scale
+    largest, below = _relative_to_largest(similarities)
+    return largest + torch.logsumexp(scale * below, dim=-1) / scale
+
+
+def _relative_to_largest(similarities: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest, ``(B, C)``, and the others relative to it, so that large similarities do not swallow the scale."""
+    # Whatever is subtracted here and added later, the gradient is the same.
+    largest = similarities.detach().amax(dim=-1)
+    return largest, similarities - largest.unsqueeze(-1)
 
 
 POOLINGS: dict[str, Callable[[Tensor, float, float], Tensor]] = {

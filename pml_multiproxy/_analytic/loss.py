@@ -162,7 +162,7 @@ class _Gradient(torch.autograd.Function):
             grad_queries = proxies.new_zeros(len(positions), proxies.shape[2])
             grad_proxies = proxies.new_empty(proxies.shape)
             for chunk, pooled, derivative in kept or _computed_again(context, similarity, proxies, positions):
-                grad_pooled = logits.of_pooled(pooled, chunk.target, hyper.scale)
+                grad_pooled = logits.of_pooled_(pooled, chunk.target, hyper.scale)
                 gradient = derivative.times_(grad_pooled)
                 chunk.target.add_(gradient, grad_at_target)
                 rows = grad_proxies.flatten(0, 1)[chunk.rows]

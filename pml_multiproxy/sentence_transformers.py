@@ -41,7 +41,8 @@ class MultiProxyEntropyLoss(nn.Module):
       dropout, views are equal.
 
     On several processes, the gradient of the proxies is averaged over all of them, and they start from those of the
-    first, which the library does for the model alone. All processes together move the usage (``usage_group="world"``).
+    first, which the library does for the model alone. The usage is that of all processes together
+    (``usage_group="world"``).
 
     Args:
         model: its embedding size D becomes that of the proxies.
@@ -142,7 +143,7 @@ class MultiProxyEntropyLoss(nn.Module):
         if not self.loss_func.proxies.requires_grad:  # DistributedDataParallel refuses what has nothing to average
             return self.loss_func
         if not self._parallel:
-            # The usage is a buffer, and either moved by all processes together or each one's own.
+            # The usage is a buffer, and either updated by all processes together or each one's own.
             self._parallel.append(DistributedDataParallel(self.loss_func, broadcast_buffers=False))
         return self._parallel[0]
 

@@ -216,7 +216,7 @@ def entropy(logits: Tensor) -> Tensor:
     Returns:
         ``(B,)``, in nats, from 0 to :math:`\log N`.
 
-    >>> entropy(torch.tensor([[0.0, 0.0], [0.0, -1000.0]]))  # log 2, and nothing left to tell
+    >>> entropy(torch.tensor([[0.0, 0.0], [0.0, -1000.0]]))  # log 2; 0 where one outcome is certain
     tensor([0.6931, 0.0000])
     """
     log_probabilities = F.log_softmax(logits, dim=-1)
@@ -317,7 +317,7 @@ def usage_sums(assignments: Tensor, labels: Tensor, num_classes: int) -> Tensor:
     Such sums can be added up over processes.
 
     Args:
-        assignments: ``(B, K)``, rows sum to 1. Those of zeros do not count; what is not finite counts as zero.
+        assignments: ``(B, K)``, rows sum to 1. Rows of zeros do not count; values that are not finite count as zero.
         labels: ``(B,)``, long, in ``[0, C)``.
         num_classes: :math:`C`.
 

@@ -1,8 +1,9 @@
 """The loss in the interface of sentence-transformers, and a trainer whose checkpoints hold the loss.
 
 Needs sentence-transformers 5 or newer with its training dependencies: ``pip install "sentence-transformers[train]"``.
-This module may be called like the library since a package's own modules are not found by their bare names.
 """
+
+# This module may be called like the library since a package's own modules are not found by their bare names.
 
 from collections.abc import Iterable, Iterator
 from itertools import chain
@@ -57,7 +58,7 @@ class MultiProxyEntropyLoss(nn.Module):
 
     Raises:
         ValueError: for a model whose embedding size is unknown; in a call, for a number of text columns that is
-            neither 1 nor ``views``, for no labels, and for ``reseed_below`` on several processes, which would each move
+            neither 1 nor ``views``, for missing labels, and for ``reseed_below`` on several processes, which would each move
             other proxies; and as the inner loss raises.
 
     Example::

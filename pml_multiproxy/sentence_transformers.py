@@ -57,8 +57,8 @@ class MultiProxyEntropyLoss(nn.Module):
             ``loss_func.proxies`` in ``learning_rate_mapping``.
 
     Raises:
-        ValueError: for a model whose embedding size is unknown; in a call, for a number of text columns that is
-            neither 1 nor ``views``, for missing labels, and for ``reseed_below`` on several processes, which would each move
+        ValueError: for a model whose embedding size is unknown; in a call, for a number of text columns that is neither
+            1 nor ``views``, for missing labels, and for ``reseed_below`` on several processes, which would each move
             other proxies; and as the inner loss raises.
 
     Example::

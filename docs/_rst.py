@@ -9,14 +9,15 @@ import griffe
 
 MATH_BLOCK = re.compile(r"^([ ]*)\.\. math::[ ]*(.*(?:\n(?:\1[ ]{2,}.*|[ ]*(?=\n)))*)", re.MULTILINE)
 ROLE = re.compile(r":(?:func|class|mod|meth|data|attr):`~?(?:[^`<]*<)?([^`>]+)>?`")
-DOCTEST = re.compile(r"^(>>> .*(?:\n(?!\n).+)*)", re.MULTILINE)
+DOCTEST = re.compile(r"^([ ]*)(>>> .*(?:\n\1.+)*)", re.MULTILINE)
 
 
 def markdown(text, link):
     text = MATH_BLOCK.sub(_block, text)
+    text = re.sub(r"::$", ":", text, flags=re.MULTILINE)  # of a literal block, which is indented in Markdown, too
     text = re.sub(r":math:`([^`]+)`", lambda found: "$" + " ".join(found[1].split()) + "$", text)
     text = ROLE.sub(lambda found: link(found[1]), text)
-    return DOCTEST.sub(r"```pycon\n\1\n```", text)
+    return DOCTEST.sub(r"\1```pycon\n\1\2\n\1```", text)
 
 
 def _block(found):

@@ -21,9 +21,9 @@ class ShardedMultiProxyEntropyLoss(ProxyLossModule):
     r"""The loss of :class:`~pml_multiproxy.losses.MultiProxyEntropyLoss`, each process holding some of the classes.
 
     Each rank of the group holds the proxies and the usage of a slice of the classes, and brings samples of its own. The
-    samples are gathered; each rank computes their similarities to its proxies; what the softmax over all classes needs
-    of them are six numbers for each sample, which are reduced over the ranks. Nothing is approximated: every rank
-    returns the loss that one process computes of all samples, in their order by rank.
+    samples are gathered, and each rank computes their similarities to its proxies. Then six numbers per sample are
+    reduced over the ranks: the softmax over all classes needs no more. Nothing is approximated: every rank returns the
+    loss that one process would compute of all samples, ordered by rank.
 
     Ranks may bring different numbers of samples, also none. The reducer sees all samples: the mean is that over all
     samples of all ranks. The tuple of a miner is that of the rank's own samples; its counts are divided by the largest
@@ -49,15 +49,13 @@ class ShardedMultiProxyEntropyLoss(ProxyLossModule):
     With ``views``, the views of a sample lie on the same rank: each rank brings blocks of its own, and the loss is that
     of the blocks of all ranks, first view, second view and so on.
 
+    Arguments that are not listed are those of the ordinary loss.
+
     Args:
         num_classes: :math:`C`, of all ranks. ``DTensor`` gives each of :math:`R` ranks
             :math:`\lceil C / R \rceil` classes until none are left: with 9 classes, 4 ranks hold 3, 3, 3 and none.
-        embedding_size: as in the ordinary loss.
-        proxies_per_class: as in the ordinary loss.
         process_group: a ``torch.distributed.ProcessGroup``; ``None``: all processes. All its ranks have to call the
             loss together, with the same settings and dtype of embeddings, and all in training or none.
-        scale, margin, pooling, temperature: as in the ordinary loss.
-        intra_weight, inter_weight, balance_weight, usage_momentum, reseed_below, views: as in the ordinary loss.
         classes_per_chunk: as in the ordinary loss, of the classes of the rank.
         **kwargs: as in the ordinary loss, but ``weight_regularizer``, which would have to see all proxies, and
             ``usage_group``, which the sharded loss does not need, have to be ``None``. Parameters of the ``distance``

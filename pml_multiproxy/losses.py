@@ -110,17 +110,19 @@ class MultiProxyEntropyLoss(ProxyLossModule):
     Attributes:
         proxies: parameter ``(C, K, D)``.
         proxy_usage: buffer ``(C, K)``, :math:`u`, rows sum to 1; stays ``float32``.
-        classification_loss, intra_class_entropy, inter_class_entropy, balance: with ``collect_stats=True``, the mean of
-            :math:`\mathrm{CE}`, :math:`H_\mathrm{intra}`, :math:`H_\mathrm{inter}` and
-            :math:`\log K + \sum_k q \log u` over the last batch, in nats.
+        classification_loss: with ``collect_stats=True``, the mean of :math:`\mathrm{CE}` over the last batch, in nats.
+        intra_class_entropy: likewise, the mean of :math:`H_\mathrm{intra}`.
+        inter_class_entropy: likewise, the mean of :math:`H_\mathrm{inter}`.
+        balance: likewise, the mean of :math:`\log K + \sum_k q \log u`.
         proxies_in_use: with ``collect_stats=True``, the share of all proxies that have at least a tenth of an even
             share of their class.
         usage_perplexity: with ``collect_stats=True``, :math:`\exp H(u_c)`, mean over all classes: over how many proxies
             the samples of a class are spread.
-        effective_proxies, min_effective_proxies: with ``collect_stats=True``, how many proxies the assignment tells
-            apart, :math:`\exp` of the mean of :math:`\mathrm{KL}(q_i \Vert u_{y_i})` over the samples of a class: mean
-            and minimum over the classes of the batch. Identical proxies have an even usage, but count as one here.
-            Over few samples of a class it is noisy, and may exceed :math:`K`.
+        effective_proxies: with ``collect_stats=True``, how many proxies the assignment tells apart: :math:`\exp` of the
+            mean of :math:`\mathrm{KL}(q_i \Vert u_{y_i})` over the samples of a class, mean over the classes of the
+            batch. Identical proxies have an even usage, but count as one here. Over few samples of a class it is noisy,
+            and may exceed :math:`K`.
+        min_effective_proxies: with ``collect_stats=True``, the same, but the minimum over the classes of the batch.
         views_agree: with ``collect_stats=True``, the share of samples all of whose views are nearest to the same proxy
             of their class; 1 with a single view.
 

@@ -99,9 +99,9 @@ class MultiProxyEntropyLoss(ProxyLossModule):
         reseed_below: where above 0, dead proxies are moved, see above: from 0 (never) to below 1; 0.1 is a good first
             try.
         views: :math:`V`, at least 1: how many views of each sample a batch holds, see above.
-        classes_per_chunk: how many classes to compute at a time. The result is the same: fewer take less memory, and
-            more time in backward, which then computes similarities once more. ``None``: all, while their similarities
-            (``B * C * K`` numbers) take at most 256 MiB, else as many as take 2 MiB (on a GPU, 64 MiB).
+        classes_per_chunk: how many classes to hold in memory at a time. The result is the same: fewer take less memory,
+            and more time in backward, which then computes similarities once more. ``None``: all, while their
+            similarities (``B * C * K`` numbers) take at most 256 MiB, else as many as take 2 MiB (on a GPU, 64 MiB).
         **kwargs: PML's: ``distance`` (default: ``CosineSimilarity``), ``reducer`` (default: ``MeanReducer``),
             ``weight_regularizer``, ``weight_reg_weight``, ``weight_init_func`` (called on the proxies as
             ``(C * K, D)``; default: random directions of unit length), ``embedding_regularizer``,

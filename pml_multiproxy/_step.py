@@ -29,7 +29,7 @@ def losses_and_terms(
     layout: Layout,
     training: bool,
 ) -> analytic.Result:
-    """The loss of each sample. In training, the usage is moved first, in place.
+    """The loss of each sample. In training, the usage is updated first, in place.
 
     Args:
         embeddings: ``(B, D)``, of all processes that share the loss.
@@ -40,7 +40,7 @@ def losses_and_terms(
         classes_per_chunk: how many at a time; ``None``: by their size.
         hyper: what is constant over calls.
         layout: where the classes are.
-        training: whether to move the usage.
+        training: whether to update the usage.
     """
     dtype, positions = functional.compute_dtype(embeddings, proxies), layout.positions(labels)
     if _implementation(len(embeddings), proxies, dtype, distance, classes_per_chunk, layout) == "autograd":

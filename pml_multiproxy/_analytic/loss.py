@@ -64,7 +64,7 @@ def losses_and_terms(
     layout: Layout,
     training: bool,
 ) -> Result:
-    """One step, from similarities to losses. In training, it moves the usage, in place.
+    """One step, from similarities to losses. In training, it updates the usage, in place.
 
     Args:
         embeddings: ``(B, D)``, those of ``similarity``.
@@ -75,7 +75,7 @@ def losses_and_terms(
         plan: how many classes at a time.
         hyper: what is constant over calls.
         layout: where the other classes are.
-        training: whether to move the usage.
+        training: whether to update the usage.
     """
     wants_gradient = torch.is_grad_enabled() and any(
         tensor.requires_grad for tensor in (embeddings, proxies, *similarity.saved)

@@ -243,7 +243,9 @@ def plot_nearest(
         if sample >= 0
     ]
     if ax is None:
-        ax = plt.subplots(figsize=(2 + 0.7 * count, 0.8 + 0.7 * len(rows)), layout="constrained")[1]
+        beside = 0.5 + 0.1 * max(len(names[label]) + 10 for label in shown)
+        size = max(beside + 0.7 * count, 4.5), 0.8 + 0.7 * len(rows)
+        ax = plt.subplots(figsize=size, layout="constrained")[1]
     ax = _given_axes("ax", ax, 1)[0]
 
     for x, y, alpha, image in cells:
@@ -253,9 +255,10 @@ def plot_nearest(
         ax.imshow(image, cmap="gray", vmin=0, vmax=1, extent=box, alpha=alpha)
     ax.set(xlim=(-0.5, count - 0.5), ylim=(len(rows) - 0.5, -0.5), xticks=[])
     ax.set_yticks(range(len(rows)), [f"{names[label]}, proxy {proxy}" for label, proxy in rows])
-    ax.set_xlabel("the nearest first; pale: nearer to another proxy")
+    ax.set_xlabel("the nearest first; pale: nearer to another proxy", loc="right")
     ax.tick_params(length=0)
     ax.spines[:].set_visible(False)
+    ax.set_anchor("E")  # away from the names, where the figure has other proportions
     return ax
 
 

@@ -417,13 +417,19 @@ def test_each_row_has_the_images_nearest_to_its_proxy(classes, count, loss_func)
     assert ax.get_ylim() == (len(rows) - 0.5, -0.5)  # the first row is above
 
 
-def test_rows_have_the_names_of_classes(loss_func):
-    ax = plot_nearest(loss_func, torch.randn(6, 8), torch.arange(6) % 2, numbered_images(6), class_names=["cat", "dog"])
+@pytest.mark.parametrize("name", ["", "a", "a class of a rather long name"])
+@pytest.mark.parametrize(("per_class", "count"), [(1, 1), (3, 8), (2, 30), (10, 2)])
+def test_rows_have_the_names_of_classes(name, per_class, count):
+    loss_func, names = MultiProxyEntropyLoss(2, 8, per_class), [name, name + "b"]
+    ax = plot_nearest(
+        loss_func, torch.randn(9, 8), torch.arange(9) % 2, torch.rand(9, 7, 5), count=count, class_names=names
+    )
     labels = [text.get_text() for text in ax.get_yticklabels()]
-    assert labels == [f"{name}, proxy {k}" for name in ("cat", "dog") for k in range(4)]
+    assert labels == [f"{name}, proxy {k}" for name in names for k in range(per_class)]
     ax.figure.canvas.draw()
-    boxes = [text.get_window_extent() for text in ax.get_yticklabels()]
+    boxes = [text.get_window_extent() for text in (*ax.get_yticklabels(), ax.xaxis.label)]
     assert all(ax.figure.bbox.contains(box.x0, box.y0) for box in boxes)
+    assert all(ax.figure.bbox.contains(box.x1, box.y1) for box in boxes)
     assert all(not a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
 
 

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from sklearn.datasets import load_digits
+from torch import nn
 
 from pml_multiproxy.losses import MultiProxyEntropyLoss
 
@@ -65,6 +67,55 @@ def test_code_around_the_loss_does_what_the_page_says(tmp_path, monkeypatch):
     # Looking at proxies
     assert (tmp_path / "nearest.png").exists()
     assert len(page["ax"].images) == 2 * 10 * 8
+
+
+FOR_NOISE = {"pooling": "max", "intra_weight": 0.0, "balance_weight": 0.0}
+"""Those of the guide."""
+
+
+@pytest.fixture(scope="module")
+def noisy_digits():
+    images, digits = map(torch.tensor, load_digits(return_X_y=True))
+    generator = torch.Generator().manual_seed(0)
+    wrong = torch.rand(len(digits), generator=generator) < 1 / 7
+    other = (digits + torch.randint(1, 10, digits.shape, generator=generator)) % 10
+    return images.float().view(-1, 1, 8, 8) / 16, torch.where(wrong, other, digits), wrong
+
+
+def hints(noisy_digits, settings):
+    """Precision and recall of what the page calls hints, by name."""
+    images, labels, wrong = noisy_digits
+    torch.manual_seed(0)
+    network = nn.Sequential(
+        nn.Conv2d(1, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(512, 64)
+    )
+    loss_func = MultiProxyEntropyLoss(10, 64, 10, **settings)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3)
+    optimizer.add_param_group({"params": loss_func.parameters(), "lr": 1e-2})
+    for _ in range(5):
+        for batch in torch.randperm(len(labels)).split(64):
+            optimizer.zero_grad()
+            loss_func(network(images[batch]), labels[batch]).backward()
+            optimizer.step()
+    page = {"network": network.eval(), "features": images, "labels": labels, "loss_func": loss_func}
+    (block,) = (block for block in blocks(DOCS / "around.md") if "at_rare_proxies" in block)
+    exec(block, page)
+    page["outliers"] = torch.zeros(len(labels), dtype=torch.bool).index_fill_(0, page["outliers"], True)
+    flags = {name: page[name] for name in ("elsewhere", "outliers", "at_rare_proxies")}
+    return {
+        name: (wrong[flag].float().mean().item(), flag[wrong].float().mean().item()) for name, flag in flags.items()
+    }
+
+
+def test_hints_at_wrong_labels(noisy_digits):
+    precision, recall = zip(*hints(noisy_digits, FOR_NOISE).values(), strict=True)
+    assert list(recall) == sorted(recall, reverse=True)
+    assert list(precision) == sorted(precision)
+    assert recall[0] > 0.9
+    assert precision[0] > 0.6  # a seventh by chance
+    assert recall[2] > 0.05
+    assert precision[1] > 0.9
+    assert hints(noisy_digits, {})["outliers"][0] < precision[1] - 0.1
 
 
 def test_parameters_are_those_of_the_signature():

@@ -248,11 +248,7 @@ def plot_nearest(
         ax = plt.subplots(figsize=size, layout="constrained")[1]
     ax = _given_axes("ax", ax, 1)[0]
 
-    for x, y, alpha, image in cells:
-        # In its proportions, into a part of the unit square around it.
-        height, width = 0.46 * np.array(image.shape[:2]) / max(image.shape[:2])
-        box = (x - width, x + width, y + height, y - height)
-        ax.imshow(image, cmap="gray", vmin=0, vmax=1, extent=box, alpha=alpha)
+    _draw_images(ax, cells)
     ax.set(xlim=(-0.5, count - 0.5), ylim=(len(rows) - 0.5, -0.5), xticks=[])
     ax.set_yticks(range(len(rows)), [f"{names[label]}, proxy {proxy}" for label, proxy in rows])
     ax.set_xlabel("the nearest first; pale: nearer to another proxy", loc="right")
@@ -363,6 +359,14 @@ def _draw_samples(
     for group, color in palette.items():
         xs, ys = points[groups == group].T
         ax.scatter(xs, ys, s=10, alpha=0.6, color=color, label=names[group], zorder=2)
+
+
+def _draw_images(ax: Axes, cells: Iterable[tuple[int, int, float, Array]]) -> None:
+    """Each in its proportions, into a part of the unit square around its place."""
+    for x, y, alpha, image in cells:
+        height, width = 0.46 * np.array(image.shape[:2]) / max(image.shape[:2])
+        box = (x - width, x + width, y + height, y - height)
+        ax.imshow(image, cmap="gray", vmin=0, vmax=1, extent=box, alpha=alpha)
 
 
 def _image(number: int, value: object) -> Array:

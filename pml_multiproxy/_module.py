@@ -279,7 +279,7 @@ class ProxyLossModule(WeightRegularizerMixin, BaseMetricLossFunction):  # type: 
     def _loss_dict(self, batch: Batch) -> dict[str, dict[str, Any]]:
         embeddings, labels, weights = batch
         if self._is_training():
-            self._before_training(embeddings.detach(), labels)
+            self._before_training(embeddings, labels)
         proxies, usage = self._layout.local(self.proxies), self._layout.local(self.proxy_usage)
         result = step.losses_and_terms(
             embeddings,
@@ -308,20 +308,24 @@ class ProxyLossModule(WeightRegularizerMixin, BaseMetricLossFunction):  # type: 
             self.add_weight_regularization_to_loss_dict(loss_dict, proxies.flatten(0, 1))
         return loss_dict
 
-    @torch.no_grad()
     def _before_training(self, embeddings: Tensor, labels: Tensor) -> None:
-        """Moves dead proxies, in place, and notices proxies that nothing trains."""
-        proxies, usage = self._layout.local(self.proxies), self._layout.local(self.proxy_usage)
+        """Notices proxies that nothing trains, and moves dead ones, in place."""
+        proxies = self.proxies
         # Proxies that are computed, by a parametrization, are no leaf and belong to no optimizer.
-        if self.proxies.requires_grad and self.proxies.is_leaf and not torch.compiler.is_compiling():
-            self._untrained.look(proxies, self.proxies.grad)
-        if self.reseed_below and self.proxies.requires_grad and len(proxies):
-            where, positions = points(self.distance, embeddings), self._layout.positions(labels)
-            is_local = self._layout.is_local(positions)
-            if is_local is not None:  # a sample that is not finite is not drawn
-                where = torch.where(is_local.unsqueeze(1), where, torch.nan)
-                positions = torch.where(is_local, positions, 0)
-            reseeding.reseed_(proxies, usage, where, positions, self.reseed_below)
+        if proxies.requires_grad and proxies.is_leaf and not torch.compiler.is_compiling():
+            self._untrained.look(self._layout.local(proxies), proxies.grad)
+        if self.reseed_below and proxies.requires_grad and len(self._layout.classes):
+            self._reseed(embeddings, labels)
+
+    @torch.no_grad()
+    def _reseed(self, embeddings: Tensor, labels: Tensor) -> None:
+        proxies, usage = self._layout.local(self.proxies), self._layout.local(self.proxy_usage)
+        where, positions = points(self.distance, embeddings), self._layout.positions(labels)
+        is_local = self._layout.is_local(positions)
+        if is_local is not None:  # a sample that is not finite is not drawn
+            where = torch.where(is_local.unsqueeze(1), where, torch.nan)
+            positions = torch.where(is_local, positions, 0)
+        reseeding.reseed_(proxies, usage, where, positions, self.reseed_below)
 
     def _hyperparameters(self) -> Hyperparameters:
         return Hyperparameters(

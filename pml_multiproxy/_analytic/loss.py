@@ -26,9 +26,10 @@ class Result(NamedTuple):
     """``(B, K)``, to the proxies of the target class; of no meaning where another process holds that."""
 
 
-class _Kept(NamedTuple):
-    """Of a chunk, for backward."""
+class _Computed(NamedTuple):
+    """What backward takes of a chunk, and overwrites."""
 
+    chunk: Chunk
     pooled: Tensor
     derivative: Derivative
 
@@ -40,7 +41,7 @@ class _Scan(NamedTuple):
     target_similarities: Tensor
     """To the proxies of the target class, ``(K, B)``."""
     target_pooled: Tensor
-    kept: list[_Kept]
+    kept: list[_Computed]
 
 
 class _Context(NamedTuple):
@@ -50,8 +51,6 @@ class _Context(NamedTuple):
     plan: Plan
     layout: Layout
     similarity: Similarity
-    sizes: tuple[int, ...]
-    """How many of the saved tensors belong to each part."""
 
 
 def losses_and_terms(
@@ -94,13 +93,17 @@ def losses_and_terms(
         terms = functional.Terms(classes.classification, partial.intra, classes.entropy, partial.balance)
         losses = functional.sample_loss(terms, hyper.weights, hyper.num_classes, hyper.proxies_per_class)
 
-    kept = [tensor for of_chunk in scan.kept for tensor in (of_chunk.pooled, *of_chunk.derivative)]
-    parts = (similarity.saved, assignment, balance, classes, kept)
-    context = _Context(hyper, plan, layout, similarity, tuple(map(len, parts)))
-    rest = [tensor for part in parts[1:] for tensor in part]
+    context = _Context(hyper, plan, layout, similarity)
     # Within a tuple, the losses are no input of the function but what it returns.
     losses = _Gradient.apply(  # type: ignore[no-untyped-call]
-        context, (losses,), rest, embeddings, proxies, positions, *similarity.saved
+        context,
+        scan.kept,
+        (losses,),
+        (*assignment, *balance, *classes),
+        embeddings,
+        proxies,
+        positions,
+        *similarity.saved,
     )
     return Result(losses, terms, assignment.q.T)
 
@@ -119,7 +122,7 @@ def _scan(
         target_pooled = chunk.target.gather(pooling.pooled, target_pooled)
         others = add_classes(others, pooling.pooled, chunk.target, hyper.scale)
         if keep:
-            kept.append(_Kept(pooling.pooled, pooling.derivative(compact=several)))
+            kept.append(_Computed(chunk, pooling.pooled, pooling.derivative(compact=several)))
     return _Scan(others or sums_of_none(target_pooled), target_similarities, target_pooled, kept)
 
 
@@ -130,15 +133,16 @@ class _Gradient(torch.autograd.Function):
     def forward(
         ctx: Any,
         context: _Context,
+        kept: list[_Computed],
         losses: tuple[Tensor],
-        rest: list[Tensor],
+        terms: tuple[Tensor, ...],
         embeddings: Tensor,
         proxies: Tensor,
         positions: Tensor,
         *of_similarity: Tensor,
     ) -> Tensor:
-        ctx.save_for_backward(embeddings, proxies, positions, *of_similarity, *rest)
-        ctx.context = context
+        ctx.save_for_backward(embeddings, proxies, positions, *terms, *of_similarity)
+        ctx.context, ctx.kept = context, kept
         return losses[0]
 
     @staticmethod
@@ -146,51 +150,47 @@ class _Gradient(torch.autograd.Function):
         _refuse_other_kinds_of_gradient(grad_losses)
         embeddings, proxies, positions, *saved = ctx.saved_tensors
         context: _Context = ctx.context
-        of_similarity, assignment, balance, classes, kept = _split(saved, context.sizes)
+        assignment, balance, classes, of_similarity = _terms(saved)
         hyper, similarity = context.hyper, context.similarity.restored(embeddings, of_similarity)
+        # What forward kept is used up. Should there be another backward pass, it computes that once more.
+        kept, ctx.kept = ctx.kept, []
         with _autocast.without(embeddings.device.type):
-            logits = logit_gradient(ClassTerms(*classes), grad_losses, hyper.scale, -hyper.weights.inter)
+            logits = logit_gradient(classes, grad_losses, hyper.scale, -hyper.weights.inter)
             grad_at_target = within_class.gradient(
-                within_class.Assignment(*assignment),
-                within_class.Balance(*balance),
-                grad_losses,
-                hyper.weights,
-                hyper.temperature,
-                hyper.views,
+                assignment, balance, grad_losses, hyper.weights, hyper.temperature, hyper.views
             )
             grad_queries = proxies.new_zeros(len(positions), proxies.shape[2])
             grad_proxies = proxies.new_empty(proxies.shape)
-            for chunk, pooled, derivative in _walk(context, similarity, proxies, positions, kept):
+            for chunk, pooled, derivative in kept or _computed_again(context, similarity, proxies, positions):
                 grad_pooled = logits.of_pooled(pooled, chunk.target, hyper.scale)
-                gradient = derivative.times(grad_pooled)
+                gradient = derivative.times_(grad_pooled)
                 chunk.target.add_(gradient, grad_at_target)
                 rows = grad_proxies.flatten(0, 1)[chunk.rows]
                 similarity.add_gradients(chunk.proxies, chunk.rows, gradient.flatten(0, 1), grad_queries, rows)
             grad_parameters = context.layout.reduce_gradients(similarity.grad_parameters())
             grad_embeddings = similarity.grad_embeddings(grad_queries).to(embeddings.dtype)
         none_for_rest = [None] * (len(of_similarity) - len(grad_parameters))
-        return None, None, None, grad_embeddings, grad_proxies, None, *grad_parameters, *none_for_rest
+        return None, None, None, None, grad_embeddings, grad_proxies, None, *grad_parameters, *none_for_rest
 
 
-def _walk(
-    context: _Context, similarity: Similarity, proxies: Tensor, positions: Tensor, kept: Sequence[Tensor]
-) -> Iterator[tuple[Chunk, Tensor, Derivative]]:
-    """The chunks, with what forward kept of each, or computed once more."""
+def _computed_again(
+    context: _Context, similarity: Similarity, proxies: Tensor, positions: Tensor
+) -> Iterator[_Computed]:
     hyper, plan = context.hyper, context.plan
-    for i, chunk in enumerate(chunks(proxies, positions, hyper.num_classes, plan.classes_per_chunk)):
-        if kept:
-            pooled, by_proxy, by_class = kept[3 * i : 3 * i + 3]
-            yield chunk, pooled, Derivative(by_proxy, by_class)
-        else:
-            pooling = POOLINGS[hyper.pooling](chunk.similarities(similarity), hyper.scale, hyper.temperature)
-            yield chunk, pooling.pooled, pooling.derivative(compact=False)
+    for chunk in chunks(proxies, positions, hyper.num_classes, plan.classes_per_chunk):
+        pooling = POOLINGS[hyper.pooling](chunk.similarities(similarity), hyper.scale, hyper.temperature)
+        yield _Computed(chunk, pooling.pooled, pooling.derivative(compact=False))
 
 
-def _split(tensors: Sequence[Tensor], sizes: Sequence[int]) -> Iterator[Sequence[Tensor]]:
-    start = 0
-    for size in sizes:
-        yield tensors[start : start + size]
-        start += size
+def _terms(
+    saved: Sequence[Tensor],
+) -> tuple[within_class.Assignment, within_class.Balance, ClassTerms, Sequence[Tensor]]:
+    """The terms among the saved tensors, and what is left of these."""
+    log_usage = len(within_class.Assignment._fields)
+    classes = log_usage + len(within_class.Balance._fields)
+    rest = classes + len(ClassTerms._fields)
+    assignment, balance = within_class.Assignment(*saved[:log_usage]), within_class.Balance(*saved[log_usage:classes])
+    return assignment, balance, ClassTerms(*saved[classes:rest]), saved[rest:]
 
 
 def _refuse_other_kinds_of_gradient(grad_losses: Tensor) -> None:

@@ -45,11 +45,10 @@ class CosineProducts:
     along the vector is taken away, which changes its length only.
     """
 
-    def __init__(self, embeddings: Tensor, queries: Tensor, lengths: Tensor) -> None:
-        """``queries``: the embeddings at unit length; ``lengths`` of all proxies, ``(C * K, 1)``."""
-        self.embeddings, self.queries = embeddings, queries
-        self.saved: tuple[Tensor, ...] = (queries, lengths)
-        self.inverse = lengths.clamp_min(EPS).reciprocal()
+    def __init__(self, embeddings: Tensor, queries: Tensor, lengths: Tensor, inverse: Tensor) -> None:
+        """``queries``: the embeddings at unit length; ``lengths`` of all proxies, ``(C * K, 1)``, and 1 over them."""
+        self.embeddings, self.queries, self.lengths, self.inverse = embeddings, queries, lengths, inverse
+        self.saved: tuple[Tensor, ...] = (queries, lengths, inverse)
         self.scratch: Tensor | None = None
 
     def __call__(self, proxies: Tensor, rows: slice) -> Tensor:
@@ -79,7 +78,7 @@ class CosineProducts:
         return []
 
     def _projection(self, rows: slice) -> Tensor:
-        return _or_infinite(self.saved[1][rows], EPS).reciprocal_().square_()
+        return _or_infinite(self.lengths[rows], EPS).reciprocal_().square_()
 
 
 class RoundedCosineProducts(CosineProducts):
@@ -88,8 +87,10 @@ class RoundedCosineProducts(CosineProducts):
     Proxies are normalized before they are rounded, since some of these dtypes hold no long ones.
     """
 
-    def __init__(self, embeddings: Tensor, queries: Tensor, lengths: Tensor, dtype: torch.dtype) -> None:
-        super().__init__(embeddings, queries, lengths)
+    def __init__(
+        self, embeddings: Tensor, queries: Tensor, lengths: Tensor, inverse: Tensor, dtype: torch.dtype
+    ) -> None:
+        super().__init__(embeddings, queries, lengths, inverse)
         self.rounded = queries.to(dtype)
 
     def __call__(self, proxies: Tensor, rows: slice) -> Tensor:
@@ -97,8 +98,8 @@ class RoundedCosineProducts(CosineProducts):
         return torch.mm(directions, self.rounded.T).to(proxies.dtype)
 
     def restored(self, embeddings: Tensor, saved: Sequence[Tensor]) -> "RoundedCosineProducts":
-        queries, lengths = saved
-        return RoundedCosineProducts(embeddings, queries, lengths, self.rounded.dtype)
+        queries, lengths, inverse = saved
+        return RoundedCosineProducts(embeddings, queries, lengths, inverse, self.rounded.dtype)
 
     def add_gradients(
         self, proxies: Tensor, rows: slice, gradient: Tensor, grad_queries: Tensor, grad_proxies: Tensor
@@ -222,10 +223,10 @@ def prepare(distance: Any, embeddings: Tensor, proxies: Tensor) -> tuple[Similar
         proxies = proxies / proxies.detach().abs().amax(dim=-1, keepdim=True).clamp_min(1)
         lengths = _lengths(proxies)
     embeddings = embeddings.detach()
-    queries = functional.normalize(embeddings, dtype)
+    queries, inverse = functional.normalize(embeddings, dtype), lengths.clamp_min(EPS).reciprocal_()
     if autocast.dtype is not None and dtype == torch.float32:  # autocast leaves float64 alone
-        return RoundedCosineProducts(embeddings, queries, lengths, autocast.dtype), proxies
-    return CosineProducts(embeddings, queries, lengths), proxies
+        return RoundedCosineProducts(embeddings, queries, lengths, inverse, autocast.dtype), proxies
+    return CosineProducts(embeddings, queries, lengths, inverse), proxies
 
 
 def has_products(distance: Any) -> bool:

@@ -172,8 +172,8 @@ class ProxyLossModule(WeightRegularizerMixin, BaseMetricLossFunction):  # type: 
     def assign(self, embeddings: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The nearest proxy of each embedding. Never updates the usage.
 
-        Of equally near proxies, it is the first. Of the sharded loss, each rank gives its own embeddings, to which the
-        proxies of all ranks are compared; every rank has to call it.
+        Of equally near proxies, the first is returned. With the sharded loss, every rank has to call it, each with its
+        own embeddings, which are compared to the proxies of all ranks.
 
         Args:
             embeddings: ``(B, D)``.
@@ -206,13 +206,13 @@ class ProxyLossModule(WeightRegularizerMixin, BaseMetricLossFunction):  # type: 
     def init_proxies(self, embeddings: Tensor, labels: Tensor) -> None:
         """Starts the proxies of each class at the centroids of its samples, by k-means.
 
-        The same under the same seed of torch. Where the distance normalizes embeddings, so does this, the proxies get
-        unit length, and embeddings of zeros, which have no direction, are left out. Fewer distinct samples than proxies
-        are repeated, with a little noise on the repetitions; classes without samples keep their proxies. The usage
-        becomes the share of the samples that each proxy is the nearest to. Time is linear in the samples and classes;
-        long work shows a progress bar.
+        The result is the same under the same seed of torch. Where the distance normalizes embeddings, so does this: the
+        proxies get unit length, and embeddings of zeros, which have no direction, are left out. If a class has fewer
+        distinct samples than proxies, samples are repeated, with a little noise. Classes without samples keep their
+        proxies. The usage becomes the share of the samples that each proxy is the nearest to. Time is linear in the
+        samples and classes; if it takes long, a progress bar is shown.
 
-        The sharded loss takes the samples of the classes that its rank holds, and leaves out others.
+        With the sharded loss, each rank uses the samples of the classes that it holds, and ignores others.
 
         Args:
             embeddings: ``(N, D)``, of the network that will be trained, over enough samples of each class.

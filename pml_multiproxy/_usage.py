@@ -1,4 +1,4 @@
-"""The usage of the proxies: a running mean of the assignment, which training moves."""
+"""The usage of the proxies: a running mean of the assignment, which training updates."""
 
 import torch
 from torch import Tensor

@@ -79,7 +79,7 @@ def embeddings(value: object, proxies: Tensor, name: str = "embeddings") -> None
 
 
 def finite(name: str, value: Tensor) -> None:
-    """Makes a GPU wait: not for training."""
+    """A device synchronisation: not for training."""
     if not value.isfinite().all():
         raise ValueError(f"{name} must be finite, got NaN or infinite values")
 
@@ -100,7 +100,7 @@ def _is_integer(value: Tensor) -> bool:
 
 
 def in_range(name: str, indices: Tensor, size: int, size_name: str) -> None:
-    """Only on the CPU: looking at values on a GPU would make it wait, and would break a compiled graph."""
+    """Only on the CPU: looking at values on a GPU is a device synchronisation, and would break a compiled graph."""
     if torch.compiler.is_compiling() or indices.device.type != "cpu" or indices.numel() == 0:
         return
     lowest, highest = (int(extreme) for extreme in indices.aminmax())
@@ -159,16 +159,16 @@ def references(embeddings: object, labels: object, ref_emb: object, ref_labels: 
 
 
 def training_call() -> None:
-    """Whether the usage may be moved by this call."""
+    """Whether this call may update the usage."""
     if torch.compiler.is_compiling():
         return
     if torch._C._current_graph_task_id() != -1:
         raise RuntimeError(
-            "the loss must not be called within a backward pass while training, since each call moves the usage: "
+            "the loss must not be called within a backward pass while training, since each call updates the usage: "
             "torch.utils.checkpoint may go around the network, but not around the loss"
         )
     if torch._C._are_functorch_transforms_active():
         raise RuntimeError(
-            "a transform of torch.func must not call the loss while training, since each call moves the usage: "
+            "a transform of torch.func must not call the loss while training, since each call updates the usage: "
             "call loss_func.eval() first"
         )

@@ -16,7 +16,9 @@ __all__ = ["MultiProxyMiner"]
 class MultiProxyMiner(BaseMiner):  # type: ignore[misc]
     r"""Mines pairs within the neighbourhoods of the proxies, for any pair or triplet loss of PML.
 
-    Pair losses pull all samples of a class into one blob. Where classes hold several clusters, that throws away what
+    In PML's trainers it is a ``tuple_miner``, in ``CrossBatchMemory`` its ``miner``.
+
+    Pair losses pull all samples of a class together. Where classes hold several clusters, that throws away what
     distinguishes them. With :math:`a_i` the proxy nearest to sample :math:`i` within its class, and :math:`s` the
     similarity of ``loss_func`` (a distance, negated), this miner takes as
 
@@ -28,8 +30,8 @@ class MultiProxyMiner(BaseMiner):  # type: ignore[misc]
     - neither: samples of the same class at another proxy.
 
     Args:
-        loss_func: the :class:`~pml_multiproxy.losses.MultiProxyEntropyLoss` whose proxies to use. It has to be trained,
-            or started by k-means: this miner does not train it.
+        loss_func: the :class:`~pml_multiproxy.losses.MultiProxyEntropyLoss` whose proxies to use. The miner does not
+            train it: train it together with the pair loss, or start it by k-means.
         negative_margin: :math:`m`, in units of the distance of ``loss_func``. Higher mines more negatives.
         **kwargs: PML's: ``collect_stats``.
 
@@ -40,9 +42,8 @@ class MultiProxyMiner(BaseMiner):  # type: ignore[misc]
     ``ref_labels`` are, as in PML, the same samples once more: row :math:`i` has label :math:`i`, and does not pair with
     embedding :math:`i`. Give ``ref_labels=labels`` to have these pairs, too.
 
-    The miner refers to ``loss_func`` but does not own it: its parameters are not among the miner's. Copied or pickled
-    together with it, as two entries of one dict, they stay together; copied alone, the miner takes its own copy of the
-    loss along, which nobody trains.
+    The parameters of ``loss_func`` are not among the miner's. To copy or pickle the miner, put it and the loss into one
+    dict, so that they stay together: a miner that is copied alone gets a copy of the loss, which is never trained.
 
     Raises:
         TypeError, ValueError: for an argument of the wrong kind, shape, dtype, device or range, or a loss whose proxies

@@ -274,7 +274,7 @@ def plot_usage(
     proxies that are not used; :func:`plot_embeddings` shows those that lie on each other.
 
     Args:
-        loss_func: whose usage. It is moved by training only: that of a new loss is even.
+        loss_func: whose usage to draw. Only training updates it: that of a new loss is even.
         classes: which to draw, in that order. ``None``: all, or the first 30 where there are more, as the title says.
         ax: where to draw. ``None``: in a new figure.
         class_names: what to write beside the rows, by class, for each that is drawn. ``None``: their numbers.

@@ -176,7 +176,7 @@ class Expected:
             exact = self.exact.gradients[name]
             # A gradient that vanishes is what remains of larger ones.
             behind = "proxies" if name.startswith("proxies") else name
-            scale = max(largest(exact), largest(self.exact.gradients[behind]), 1e-3 * self.exact.units[behind])
+            scale = max(largest(exact), largest(self.exact.gradients[behind]), 1e-2 * self.exact.units[behind])
             allowed = self.allowed(lambda evaluated, name=name: evaluated.gradients[name], scale)
             if leaf.dtype != self.case.dtype:
                 allowed += 4 * torch.finfo(leaf.dtype).eps * scale + (1e-6 if leaf.dtype == torch.float16 else 0)

@@ -134,4 +134,5 @@ def test_what_a_page_refers_to_exists(page):
     for target in re.findall(r"pml-multiproxy/blob/main/([^)#\s]+)\)", text) + re.findall(r'--8<-- "(.*?)"', text):
         assert (ROOT / target).exists(), target
     for target in re.findall(r"\]\(([^):#]+\.md)", text):
-        assert (page.parent / target).exists(), target
+        notebook = re.sub(r"^notebooks/(\w+)\.md$", r"../examples/notebooks/\1.ipynb", target)
+        assert (page.parent / notebook).exists(), target

@@ -64,7 +64,7 @@ def losses_and_terms(
     layout: Layout,
     training: bool,
 ) -> Result:
-    """One step, from similarities to losses. In training, it moves the usage, in place.
+    """One step, from similarities to losses. In training, it updates the usage, in place.
 
     Args:
         embeddings: ``(B, D)``, those of ``similarity``.
@@ -75,10 +75,10 @@ def losses_and_terms(
         plan: how many classes at a time.
         hyper: what is constant over calls.
         layout: where the other classes are.
-        training: whether to move the usage.
+        training: whether to update the usage.
     """
     wants_gradient = torch.is_grad_enabled() and any(
-        tensor.requires_grad for tensor in (embeddings, proxies, *similarity.saved)
+        tensor.requires_grad for tensor in (embeddings, proxies, *similarity.parameters)
     )
     with torch.no_grad(), _autocast.without(embeddings.device.type):
         scan = _scan(similarity, proxies, positions, plan, hyper, keep=plan.keep and wants_gradient)
@@ -94,16 +94,9 @@ def losses_and_terms(
         losses = functional.sample_loss(terms, hyper.weights, hyper.num_classes, hyper.proxies_per_class)
 
     context = _Context(hyper, plan, layout, similarity)
-    # Within a tuple, the losses are no input of the function but what it returns.
+    computed = losses, (positions, *assignment, *balance, *classes, *similarity.saved), scan.kept
     losses = _Gradient.apply(  # type: ignore[no-untyped-call]
-        context,
-        scan.kept,
-        (losses,),
-        (*assignment, *balance, *classes),
-        embeddings,
-        proxies,
-        positions,
-        *similarity.saved,
+        context, computed, embeddings, proxies, *similarity.parameters
     )
     return Result(losses, terms, assignment.q.T)
 
@@ -133,17 +126,15 @@ class _Gradient(torch.autograd.Function):
     def forward(
         ctx: Any,
         context: _Context,
-        kept: list[_Computed],
-        losses: tuple[Tensor],
-        terms: tuple[Tensor, ...],
+        computed: tuple[Tensor, tuple[Tensor, ...], list[_Computed]],
         embeddings: Tensor,
         proxies: Tensor,
-        positions: Tensor,
-        *of_similarity: Tensor,
+        *parameters: Tensor,
     ) -> Tensor:
-        ctx.save_for_backward(embeddings, proxies, positions, *terms, *of_similarity)
+        losses, tensors, kept = computed  # tensors in a tuple are no inputs, which get a gradient
+        ctx.save_for_backward(embeddings, proxies, *tensors)
         ctx.context, ctx.kept = context, kept
-        return losses[0]
+        return losses
 
     @staticmethod
     def backward(ctx: Any, grad_losses: Tensor) -> Any:
@@ -162,15 +153,14 @@ class _Gradient(torch.autograd.Function):
             grad_queries = proxies.new_zeros(len(positions), proxies.shape[2])
             grad_proxies = proxies.new_empty(proxies.shape)
             for chunk, pooled, derivative in kept or _computed_again(context, similarity, proxies, positions):
-                grad_pooled = logits.of_pooled(pooled, chunk.target, hyper.scale)
+                grad_pooled = logits.of_pooled_(pooled, chunk.target, hyper.scale)
                 gradient = derivative.times_(grad_pooled)
                 chunk.target.add_(gradient, grad_at_target)
                 rows = grad_proxies.flatten(0, 1)[chunk.rows]
                 similarity.add_gradients(chunk.proxies, chunk.rows, gradient.flatten(0, 1), grad_queries, rows)
             grad_parameters = context.layout.reduce_gradients(similarity.grad_parameters())
             grad_embeddings = similarity.grad_embeddings(grad_queries).to(embeddings.dtype)
-        none_for_rest = [None] * (len(of_similarity) - len(grad_parameters))
-        return None, None, None, None, grad_embeddings, grad_proxies, None, *grad_parameters, *none_for_rest
+        return None, None, grad_embeddings, grad_proxies, *grad_parameters
 
 
 def _computed_again(

@@ -1,6 +1,7 @@
 """Similarities of a batch to some of the proxies, ``(P, B)``, and the gradient back through them.
 
-``saved`` are the tensors that backward needs; ``restored`` makes the same of what autograd gives back of them.
+``saved`` are the tensors that backward needs; ``restored`` makes the same of what autograd gives back of them. Among
+them, ``parameters`` of the distance get a gradient.
 """
 
 import math
@@ -19,6 +20,7 @@ EPS = 1e-12
 
 
 class Similarity(Protocol):
+    parameters: tuple[Tensor, ...]
     saved: tuple[Tensor, ...]
 
     def __call__(self, proxies: Tensor, rows: slice) -> Tensor:
@@ -48,6 +50,7 @@ class CosineProducts:
     def __init__(self, embeddings: Tensor, queries: Tensor, lengths: Tensor, inverse: Tensor) -> None:
         """``queries``: the embeddings at unit length; ``lengths`` of all proxies, ``(C * K, 1)``, and 1 over them."""
         self.embeddings, self.queries, self.lengths, self.inverse = embeddings, queries, lengths, inverse
+        self.parameters: tuple[Tensor, ...] = ()
         self.saved: tuple[Tensor, ...] = (queries, lengths, inverse)
         self.scratch: Tensor | None = None
 
@@ -125,7 +128,7 @@ class DistanceCalls:
     ) -> None:
         """``names`` and ``values`` of the parameters of the distance that want a gradient."""
         self.queries, self.distance, self.autocast, self.names = queries, distance, autocast, names
-        self.saved: tuple[Tensor, ...] = tuple(values)
+        self.parameters = self.saved = tuple(values)
         self.gradients: list[Tensor | None] = [None] * len(self.saved)
 
     def __call__(self, proxies: Tensor, rows: slice) -> Tensor:

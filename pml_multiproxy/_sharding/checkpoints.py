@@ -47,14 +47,13 @@ def save_checkpoint(
 ) -> Path:
     """Writes module and optimizer to ``folder/step-STEP``, each rank its own part.
 
-    Nothing that is saved is changed by it, also before the first step of the optimizer.
+    Saving changes neither the module nor the optimizer, even before the optimizer's first step.
 
     The files are first written to a folder ``step-STEP.partial-*`` of this call alone, which is renamed when every rank
-    has finished. So whatever ends the processes meanwhile, and whoever else writes to ``folder``,
-    :func:`load_checkpoint` finds only whole checkpoints. If two jobs save the same step, the first one that finishes
-    wins. A call that fails removes its partial folder, unless its first rank was killed. Nothing reads what is left
-    then, and it is never removed automatically, since it might belong to another job that is still writing: remove
-    ``folder/*.partial*`` when no job is.
+    has finished. So :func:`load_checkpoint` finds only complete checkpoints, even if processes are killed or another
+    job writes to ``folder``. If two jobs save the same step, the first one that finishes wins. A call that fails
+    removes its partial folder, unless its first rank was killed. A partial folder is never read, and never removed
+    automatically, since it may belong to a job that is still writing: remove ``folder/*.partial*`` when no job is.
 
     Args:
         folder: on a file system that all ranks share.
@@ -70,7 +69,7 @@ def save_checkpoint(
     Raises:
         FileExistsError: on every rank, if the step has been saved already, also by another job meanwhile.
         RuntimeError: on every rank, if one of them cannot write or does not answer within the timeout of the group.
-        TypeError, ValueError: on every rank, for a step that cannot be one.
+        TypeError, ValueError: on every rank, for a step that is no integer from 0 on, or differs between ranks.
 
     >>> import tempfile
     >>> module = torch.nn.Linear(2, 2)
@@ -106,11 +105,11 @@ def load_checkpoint(
     optimizer: torch.optim.Optimizer,
     process_group: "distributed.ProcessGroup | None" = None,
 ) -> int | None:
-    """Reads the last whole checkpoint, written by any number of ranks, into module and optimizer.
+    """Reads the last complete checkpoint, written by any number of ranks, into module and optimizer.
 
     The sharded loss loads what the ordinary one has saved, and the other way round. After an error, module and
     optimizer are on every rank what they were before. For that, a second copy of both, and a third of the module, are
-    held until the end.
+    held in memory until the end.
 
     A changed file is noticed by its checksum. The first checkpoints of this package had none; they load unchecked.
 
@@ -128,7 +127,7 @@ def load_checkpoint(
             ``torch.distributed``.
 
     Returns:
-        The step; ``None`` if there is no whole checkpoint, and nothing was loaded.
+        The step; ``None`` if there is no complete checkpoint, and nothing was loaded.
 
     Raises:
         RuntimeError: on every rank, if one of them cannot read the checkpoint, finds it damaged, or cannot load it into

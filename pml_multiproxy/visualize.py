@@ -194,8 +194,8 @@ def plot_nearest(
     """What each proxy stands for: the images nearest to it among those of its class, one row per proxy.
 
     They are the :func:`~pml_multiproxy.inspection.nearest_samples`, the nearest first. An image is pale where its
-    sample is nearer to another proxy of the class, so a row of pale images belongs to a proxy that no sample is nearest
-    to. A class with fewer than ``count`` samples has shorter rows.
+    sample is nearer to another proxy of the class; a row of pale images is that of a proxy that few samples, or none,
+    belong to. A class with fewer than ``count`` samples has shorter rows.
 
     Args:
         loss_func: where the proxies are. Neither its mode nor its usage nor its statistics change.

@@ -254,7 +254,7 @@ class ProxyLossModule(WeightRegularizerMixin, BaseMetricLossFunction):  # type: 
         >>> MultiProxyEntropyLoss(num_classes=4, embedding_size=8, scale=20).settings()["scale"]
         20.0
         """
-        return {name: getattr(self, name) for name in [*SETTINGS, "classes_per_chunk"]}
+        return {name: saving.plain(getattr(self, name)) for name in [*SETTINGS, "classes_per_chunk"]}
 
     def extra_repr(self) -> str:
         """The settings, which ``print`` shows."""

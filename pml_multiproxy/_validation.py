@@ -43,7 +43,7 @@ def one_of(name: str, value: object, allowed: Iterable[str]) -> str:
     names = list(allowed)
     if not isinstance(value, str) or value not in names:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, names))}, got {value!r}")
-    return value
+    return names[names.index(value)]  # not the value, which may be of a subclass, an Enum
 
 
 def path(name: str, value: object) -> None:

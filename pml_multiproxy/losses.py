@@ -276,7 +276,8 @@ class MultiProxyEntropyLoss(ProxyLossModule):
     def save(self, path: str | Path) -> None:
         """Writes settings and state into one file, for :meth:`load`.
 
-        The distance, the reducer and the regularizers are described in it, not stored.
+        The weights of the regularizers are settings. The distance, the reducer and the regularizers themselves are
+        described in it, not stored.
 
         Args:
             path: of the file, which is replaced if it is there.

@@ -267,13 +267,13 @@ class ProxyLossModule(WeightRegularizerMixin, BaseMetricLossFunction):  # type: 
         check.references(embeddings, labels, ref_emb, ref_labels, self.views)
         check.embeddings(embeddings, self.proxies)
         checked = check.labels(labels, len(embeddings), self.num_classes)
-        check.indices_tuple(indices_tuple, len(embeddings))
+        mined = check.indices_tuple(indices_tuple, len(embeddings))
         check.views(checked, self.views)
         if self._is_training():
             check.training_call()
         dtype = functional.compute_dtype(embeddings, self.proxies)
         return self._layout.gather(
-            embeddings, checked.to(embeddings.device), indices_tuple, self.views, dtype, self._is_training()
+            embeddings, checked.to(embeddings.device), mined, self.views, dtype, self._is_training()
         )
 
     def _loss_dict(self, batch: Batch) -> dict[str, dict[str, Any]]:

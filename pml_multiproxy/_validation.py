@@ -118,9 +118,10 @@ def labels(value: object, batch_size: int, num_classes: int, name: str = "labels
     return checked
 
 
-def indices_tuple(value: object, batch_size: int) -> None:
+def indices_tuple(value: object, batch_size: int) -> tuple[Tensor, ...] | None:
+    """The indices, as ``torch.long``."""
     if value is None:
-        return
+        return None
     if not isinstance(value, (tuple, list)) or not all(isinstance(indices, Tensor) for indices in value):
         kinds = [type(item).__name__ for item in value] if isinstance(value, (tuple, list)) else type(value).__name__
         raise TypeError(f"indices_tuple must be None or a tuple of 2 to 4 tensors, as PML's miners return, got {kinds}")
@@ -134,6 +135,7 @@ def indices_tuple(value: object, batch_size: int) -> None:
         if len(indices) and not _is_integer(indices):
             raise TypeError(f"{name} must be of an integer dtype, got {indices.dtype}")
         in_range(name, indices, batch_size, "the batch size")
+    return tuple(indices.long() for indices in value)
 
 
 def views(labels: Tensor, count: int) -> None:

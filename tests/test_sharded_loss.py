@@ -165,6 +165,17 @@ def test_weights_of_mined_samples(group, tuples):
 
 
 @on(2)
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8], ids=str)
+def test_indices_of_mined_samples_of_any_integer_dtype(group, dtype):
+    one, sharded = pair_of_losses(group)
+    for embeddings, labels in rows([4, 9]):
+        none_at_all = (torch.tensor([]),) * 3
+        assert_same_step(one, sharded, embeddings, labels, [none_at_all, none_at_all])
+        tuples = [tuple(torch.tensor(i, dtype=dtype) for i in ([0, 1], [2, 1], [3, 0])) for _ in embeddings]
+        assert_same_step(one, sharded, embeddings, labels, tuples)
+
+
+@on(2)
 @pytest.mark.parametrize(
     "name",
     ["MeanReducer", "SumReducer", "AvgNonZeroReducer", "ThresholdReducer", "DivisorReducer", "PerAnchorReducer"],

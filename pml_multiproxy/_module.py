@@ -90,7 +90,7 @@ class ProxyLossModule(WeightRegularizerMixin, BaseMetricLossFunction):  # type: 
         self.classes_per_chunk = classes_per_chunk
         if classes_per_chunk is not None:
             self.classes_per_chunk = check.positive_int("classes_per_chunk", classes_per_chunk)
-        self._untrained = UntrainedProxies()
+        self._untrained, self._has_seen_views = UntrainedProxies(), False
         self.add_to_recordable_attributes(list_of_names=SETTINGS, is_stat=False)
         self.add_to_recordable_attributes(list_of_names=list(Statistics._fields), is_stat=True)
 
@@ -268,13 +268,23 @@ class ProxyLossModule(WeightRegularizerMixin, BaseMetricLossFunction):  # type: 
         check.embeddings(embeddings, self.proxies)
         checked = check.labels(labels, len(embeddings), self.num_classes)
         mined = check.indices_tuple(indices_tuple, len(embeddings))
-        check.views(checked, self.views)
+        self._check_views(checked)
         if self._is_training():
             check.training_call()
         dtype = functional.compute_dtype(embeddings, self.proxies)
         return self._layout.gather(
             embeddings, checked.to(embeddings.device), mined, self.views, dtype, self._is_training()
         )
+
+    def _check_views(self, labels: Tensor) -> None:
+        check.views(labels, self.views)
+        if self.views == 1 or torch.compiler.is_compiling() or labels.is_meta:
+            return
+        # Who forgets to stack views does so from the first batch on. A look at every batch is for the CPU alone, since
+        # elsewhere it is a device synchronisation.
+        if labels.device.type == "cpu" or not self._has_seen_views:
+            check.labels_of_views(labels, self.views)
+        self._has_seen_views = True
 
     def _loss_dict(self, batch: Batch) -> dict[str, dict[str, Any]]:
         embeddings, labels, weights = batch

@@ -139,11 +139,13 @@ def indices_tuple(value: object, batch_size: int) -> tuple[Tensor, ...] | None:
 
 
 def views(labels: Tensor, count: int) -> None:
-    """Whether a batch consists of as many blocks of equal labels; the labels are looked at on the CPU only."""
+    """Whether a batch can consist of as many blocks."""
     if len(labels) % count:
         raise ValueError(f"the batch must be views = {count} blocks of equal length, got {len(labels)} embeddings")
-    if count == 1 or torch.compiler.is_compiling() or labels.device.type != "cpu":
-        return
+
+
+def labels_of_views(labels: Tensor, count: int) -> None:
+    """Whether a batch consists of as many blocks of equal labels: a device synchronisation."""
     blocks = labels.reshape(count, -1)
     if not blocks.equal(blocks[:1].expand_as(blocks)):
         raise ValueError(

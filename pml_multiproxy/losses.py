@@ -135,9 +135,10 @@ class MultiProxyEntropyLoss(ProxyLossModule):
 
     Raises:
         TypeError, ValueError: for an argument of the wrong kind, shape, dtype, device or range. Labels and indices on a
-            GPU are not checked for their range, which would be a device synchronisation. For ``reseed_below`` together
-            with ``usage_group``, since the random choices would differ between the processes. For pickling a loss that
-            has a process group as its ``usage_group``.
+            GPU are not checked for their range, which would be a device synchronisation; whether they are the same in
+            each view, in the first batch alone. For ``reseed_below`` together with ``usage_group``, since the random
+            choices would differ between the processes. For pickling a loss that has a process group as its
+            ``usage_group``.
         RuntimeError: for a call in training within a backward pass, as ``torch.utils.checkpoint`` around the loss makes
             it, or within a transform of ``torch.func``, since each call in training updates the usage. For
             differentiating the gradient again, except where autograd computes it.

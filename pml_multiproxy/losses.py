@@ -270,6 +270,7 @@ class MultiProxyEntropyLoss(ProxyLossModule):
         degrees = check.real("threshold", threshold, "a number of degrees from 0 to 180", low=0.0, high=180.0)
         check.embeddings(embeddings, self.proxies)
         check.finite("embeddings", embeddings)
+        check.finite("proxies", self.proxies)
         labels = check.labels(labels, len(embeddings), self.num_classes).to(embeddings.device)
         found, centers = outliers(self.distance, embeddings, labels, self.proxies, degrees)
         return (found, centers) if return_dominant_centers else found

@@ -38,7 +38,9 @@ class MultiProxyMiner(BaseMiner):  # type: ignore[misc]
     Calling it: ``miner(embeddings, labels, ref_emb=None, ref_labels=None)`` with embeddings ``(B, D)``, labels
     ``(B,)``, and optionally references ``(N, D)`` and their labels, which take the place of the other samples. Returns
     PML's tuple of pairs ``(anchors, positives, anchors, negatives)``, each long; where nothing is found, they are
-    empty. Pairs of a sample with itself are left out when ``ref_emb`` is ``embeddings``.
+    empty. Pairs of a sample with itself are left out when ``ref_emb`` is ``embeddings``. References without
+    ``ref_labels`` are, as in PML, the same samples once more: row :math:`i` has label :math:`i`, and does not pair with
+    embedding :math:`i`. Give ``ref_labels=labels`` to have these pairs, too.
 
     The parameters of ``loss_func`` are not among the miner's. To copy or pickle the miner, put it and the loss into one
     dict, so that they stay together: a miner that is copied alone gets a copy of the loss, which is never trained.
@@ -69,18 +71,39 @@ class MultiProxyMiner(BaseMiner):  # type: ignore[misc]
         self.negative_margin = check.real("negative_margin", negative_margin, "a finite number")
         self.add_to_recordable_attributes(name="negative_margin", is_stat=False)
 
+    def forward(
+        self,
+        embeddings: Tensor,
+        labels: Tensor,
+        ref_emb: Tensor | None = None,
+        ref_labels: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The pairs, as described in the class docstring."""
+        proxies, num_classes = self.loss_func.proxies, self.loss_func.num_classes
+        check.embeddings(embeddings, proxies)
+        check.labels(labels, len(embeddings), num_classes)
+        if ref_emb is not None:
+            check.embeddings(ref_emb, proxies, "ref_emb")
+            if ref_labels is not None or len(ref_emb) != len(embeddings):
+                check.labels(ref_labels, len(ref_emb), num_classes, "ref_labels")
+        mined: tuple[Tensor, Tensor, Tensor, Tensor] = super().forward(embeddings, labels, ref_emb, ref_labels)
+        return mined
+
     def mine(
-        self, embeddings: Tensor, labels: Tensor, ref_emb: Tensor, ref_labels: Tensor
+        self, embeddings: Tensor, labels: Tensor, ref_emb: Tensor, ref_labels: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """PML's hook."""
-        own_proxy = self._nearest("embeddings", embeddings, "labels", labels)
-        ref_proxy = self._nearest("ref_emb", ref_emb, "ref_labels", ref_labels)
+        same_samples = ref_emb is embeddings or ref_labels is None
+        if ref_labels is None:
+            ref_labels = labels
+        own_proxy = self._nearest(embeddings, labels)
+        ref_proxy = self._nearest(ref_emb, ref_labels)
         anchor_proxies = self.loss_func.proxies.flatten(0, 1)[own_proxy]
         to_anchor_proxies = similarities(self.distance, ref_emb, anchor_proxies).T
         own_similarity = similarities(self.distance, embeddings, anchor_proxies).diagonal()
 
         positive = own_proxy.unsqueeze(1) == ref_proxy
-        if ref_emb is embeddings:
+        if same_samples:
             positive.fill_diagonal_(False)
         intrudes = to_anchor_proxies >= own_similarity.unsqueeze(1) - self.negative_margin
         negative = intrudes & (labels.unsqueeze(1) != ref_labels)
@@ -88,9 +111,7 @@ class MultiProxyMiner(BaseMiner):  # type: ignore[misc]
         other_anchors, negatives = torch.where(negative)
         return anchors, positives, other_anchors, negatives
 
-    def _nearest(self, name: str, embeddings: Tensor, labels_name: str, labels: Tensor) -> Tensor:
+    def _nearest(self, embeddings: Tensor, labels: Tensor) -> Tensor:
         """The position of the nearest proxy of the own class among all proxies, ``(B,)``."""
-        check.embeddings(embeddings, self.loss_func.proxies, name)
-        labels = check.labels(labels, len(embeddings), self.loss_func.num_classes, labels_name)
         classes, proxies = self.loss_func.assign(embeddings, labels)
         return classes * self.loss_func.proxies_per_class + proxies

@@ -1,15 +1,15 @@
-"""Pictures of a loss: its proxies among the embeddings, and how evenly they are used.
+"""Pictures of a loss: its proxies among the embeddings, the images nearest to each, and how evenly they are used.
 
 Needs matplotlib, which the package does not install, so this module is imported by name::
 
     from pml_multiproxy import visualize
 
-Nothing here shows a window, writes a file, chooses a backend or changes the loss. A function that gets no axes makes a
-figure of its own; ``ax.figure.savefig(...)`` writes it.
+Arrays may be NumPy's or torch's. Nothing here shows a window, writes a file, chooses a backend or changes the loss. A
+function that gets no axes makes a figure of its own; ``ax.figure.savefig(...)`` writes it.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -27,12 +27,13 @@ except ModuleNotFoundError as error:
     raise ImportError('pml_multiproxy.visualize needs matplotlib: pip install "pml-multiproxy[visualize]"') from error
 
 from . import _validation as check
-from . import functional
+from . import functional, inspection
 from .losses import MultiProxyEntropyLoss
 
-__all__ = ["plot_class", "plot_embeddings", "plot_usage"]
+__all__ = ["plot_class", "plot_embeddings", "plot_nearest", "plot_usage"]
 
 Array = NDArray[Any]
+Names = Sequence[str] | Mapping[int, str]
 
 MOST_ROWS = 30
 """How many classes :func:`plot_usage` draws when it is not told which."""
@@ -43,12 +44,15 @@ MOST_IN_LEGEND = 20
 
 def plot_embeddings(
     loss_func: MultiProxyEntropyLoss,
-    embeddings: Tensor,
-    labels: Tensor,
+    embeddings: Tensor | Array,
+    labels: Tensor | Array,
     *,
-    colors: Tensor | None = None,
-    classes: Sequence[int] | Tensor | None = None,
+    colors: Tensor | Array | None = None,
+    classes: Sequence[int] | Tensor | Array | None = None,
     axes: Axes | Sequence[Axes] | Array | None = None,
+    class_names: Names | None = None,
+    color_names: Names | None = None,
+    legend_title: str | None = None,
 ) -> Array:
     """One panel per class: its samples, each with a line to its nearest proxy, in the plane where they spread most.
 
@@ -59,13 +63,16 @@ def plot_embeddings(
 
     Args:
         loss_func: where the proxies are. Neither its mode nor its usage nor its statistics change.
-        embeddings: ``(B, D)``, finite, on the device of the proxies.
+        embeddings: ``(B, D)``, finite, a tensor on the device of the proxies or a NumPy array.
         labels: ``(B,)``, integers in ``[0, C)``.
         colors: ``(B,)``, integers: labels finer than the classes, which then colour the dots and are named in a legend.
             ``None``: a dot has the colour of its nearest proxy.
         classes: which to draw, in that order; one without samples has only its proxies drawn. ``None``: all that occur
             in ``labels``; name them when there are many, as each is a panel.
         axes: one for each class. ``None``: those of a new figure.
+        class_names: what to write above the panels, by class, for each that is drawn. ``None``: their numbers.
+        color_names: what to write in the legends, by colour, for each that occurs. ``None``: the integers.
+        legend_title: what the colours stand for.
 
     Returns:
         The axes, one for each class, in one dimension.
@@ -81,15 +88,12 @@ def plot_embeddings(
         >>> [ax.get_title() for ax in axes]
         ['class 0', 'class 1']
     """
-    _check_loss(loss_func)
-    check.embeddings(embeddings, loss_func.proxies)
-    _check_finite("embeddings", embeddings)
-    _check_finite("proxies", loss_func.proxies.flatten(0, 1))
-    labels = check.labels(labels, len(embeddings), loss_func.num_classes).cpu()
-    check.in_range("labels", labels, loss_func.num_classes, "num_classes")  # those of a GPU were not checked yet
+    embeddings, labels = _samples(loss_func, embeddings, labels)
     if colors is not None:
-        colors = check.integers("colors", colors, len(embeddings)).cpu()
+        colors = check.integers("colors", _tensor("colors", colors), len(embeddings)).cpu()
+        _names("color_names", color_names, colors)
     shown = _classes(np.unique(labels) if classes is None else classes, loss_func.num_classes)
+    titles = _class_names(class_names, shown)
     panels = _new_axes(len(shown)) if axes is None else _given_axes("axes", axes, len(shown))
 
     for ax, label in zip(panels, shown, strict=True):
@@ -99,19 +103,28 @@ def plot_embeddings(
             _, nearest = loss_func.assign(samples, labels[own])
         if loss_func.distance.normalize_embeddings:
             samples, proxies = functional.normalize(samples), functional.normalize(proxies)
-        plot_class(samples, proxies, None if colors is None else colors[own], ax, nearest=nearest)
-        ax.set_title(f"class {label}")
+        plot_class(
+            samples,
+            proxies,
+            None if colors is None else colors[own],
+            ax,
+            nearest=nearest,
+            legend_title=legend_title,
+            color_names=color_names,
+        )
+        ax.set_title(titles[label])
     return panels
 
 
 def plot_class(
-    embeddings: Tensor,
-    proxies: Tensor,
-    colors: Tensor | None = None,
+    embeddings: Tensor | Array,
+    proxies: Tensor | Array,
+    colors: Tensor | Array | None = None,
     ax: Axes | None = None,
     *,
-    nearest: Tensor | None = None,
+    nearest: Tensor | Array | None = None,
     legend_title: str | None = None,
+    color_names: Names | None = None,
 ) -> Axes:
     """The samples of one class and its proxies, whatever loss these belong to.
 
@@ -130,6 +143,7 @@ def plot_class(
         nearest: ``(N,)``, integers in ``[0, K)``: the nearest proxy of each sample. ``None``: by Euclidean distance,
             which for vectors of unit length agrees with the cosine.
         legend_title: what the colours stand for.
+        color_names: what to write in the legend, by colour, for each that occurs. ``None``: the integers.
 
     Returns:
         The axes.
@@ -149,14 +163,15 @@ def plot_class(
     embeddings = _vectors("embeddings", embeddings, proxies.shape[1])
     if nearest is None:
         nearest = _nearest(embeddings, proxies)
-    nearest = check.integers("nearest", nearest, len(embeddings)).cpu()
+    nearest = check.integers("nearest", _tensor("nearest", nearest), len(embeddings)).cpu()
     check.in_range("nearest", nearest, len(proxies), "the number of proxies")
-    groups = (nearest if colors is None else check.integers("colors", colors, len(embeddings))).cpu().numpy()
+    group = nearest if colors is None else check.integers("colors", _tensor("colors", colors), len(embeddings)).cpu()
+    names, groups = _names("color_names", None if colors is None else color_names, group), group.numpy()
     ax = plt.subplots(layout="constrained")[1] if ax is None else _given_axes("ax", ax, 1)[0]
 
     ends, palette = nearest.numpy(), _palette(groups)
     points, stars = _in_plane(embeddings, proxies)
-    _draw_samples(ax, points, stars[ends], groups, palette)
+    _draw_samples(ax, points, stars[ends], groups, palette, names)
     _draw_proxies(ax, stars, [_majority(groups[ends == position]) for position in range(len(stars))], palette)
     ax.set(xticks=[], yticks=[])
     ax.set_xlabel(f"{len(np.unique(ends))} of {len(stars)} proxies are the nearest to some sample")
@@ -165,11 +180,90 @@ def plot_class(
     return ax
 
 
+def plot_nearest(
+    loss_func: MultiProxyEntropyLoss,
+    embeddings: Tensor | Array,
+    labels: Tensor | Array,
+    images: Sequence[Any] | Tensor | Array,
+    *,
+    count: int = 8,
+    classes: Sequence[int] | Tensor | Array | None = None,
+    ax: Axes | None = None,
+    class_names: Names | None = None,
+) -> Axes:
+    """What each proxy stands for: the images nearest to it among those of its class, one row per proxy.
+
+    They are the :func:`~pml_multiproxy.inspection.nearest_samples`, the nearest first. An image is pale where its
+    sample is nearer to another proxy of the class; a row of pale images is that of a proxy that few samples, or none,
+    belong to. A class with fewer than ``count`` samples has shorter rows.
+
+    Args:
+        loss_func: where the proxies are. Neither its mode nor its usage nor its statistics change.
+        embeddings: ``(B, D)``, finite, a tensor on the device of the proxies or a NumPy array.
+        labels: ``(B,)``, integers in ``[0, C)``.
+        images: of the samples, in their order: an array, a tensor or a sequence, of which those that are drawn are
+            asked for by number. Each is of shape ``(H, W)``, ``(H, W, channels)`` or ``(channels, H, W)`` with 1, 3 or
+            4 channels. ``uint8``, and other numbers in [0, 1], are drawn as they are; where there are others, the image
+            is scaled from its lowest to its highest value.
+        count: how many images for each proxy, at least 1.
+        classes: which to draw, in that order. ``None``: all that occur in ``labels``; name them when there are many, as
+            each has a row per proxy.
+        ax: where to draw. ``None``: in a new figure.
+        class_names: what to write beside the rows, by class, for each that is drawn. ``None``: their numbers.
+
+    Returns:
+        The axes.
+
+    Raises:
+        TypeError, ValueError: for an argument of the wrong kind, shape, dtype, device or range.
+
+    Example:
+        >>> import torch
+        >>> from pml_multiproxy import MultiProxyEntropyLoss, visualize
+        >>> loss_func = MultiProxyEntropyLoss(num_classes=2, embedding_size=8, proxies_per_class=2)
+        >>> embeddings, labels, images = torch.randn(20, 8), torch.arange(20) % 2, torch.rand(20, 3, 16, 16)
+        >>> ax = visualize.plot_nearest(loss_func, embeddings, labels, images, count=5, class_names=["cat", "dog"])
+        >>> [label.get_text() for label in ax.get_yticklabels()]
+        ['cat, proxy 0', 'cat, proxy 1', 'dog, proxy 0', 'dog, proxy 1']
+        >>> len(ax.images)
+        20
+    """
+    embeddings, labels = _samples(loss_func, embeddings, labels)
+    _check_images(images, len(labels))
+    shown = _classes(np.unique(labels) if classes is None else classes, loss_func.num_classes)
+    names = _class_names(class_names, shown)
+    with _keep_statistics(loss_func):
+        found = inspection.nearest_samples(loss_func, embeddings, labels, count)[shown].flatten(0, 1).cpu()
+        nearest = loss_func.assign(embeddings, labels)[1].cpu()
+    rows = [(label, proxy) for label in shown for proxy in range(loss_func.proxies_per_class)]
+    cells = [
+        (x, y, 1.0 if int(nearest[sample]) == proxy else 0.3, _image(sample, images[sample]))
+        for y, ((_, proxy), samples) in enumerate(zip(rows, found.tolist(), strict=True))
+        for x, sample in enumerate(samples)
+        if sample >= 0
+    ]
+    if ax is None:
+        beside = 0.5 + 0.1 * max(len(names[label]) + 10 for label in shown)
+        size = max(beside + 0.7 * count, 4.5), 0.8 + 0.7 * len(rows)
+        ax = plt.subplots(figsize=size, layout="constrained")[1]
+    ax = _given_axes("ax", ax, 1)[0]
+
+    _draw_images(ax, cells)
+    ax.set(xlim=(-0.5, count - 0.5), ylim=(len(rows) - 0.5, -0.5), xticks=[])
+    ax.set_yticks(range(len(rows)), [f"{names[label]}, proxy {proxy}" for label, proxy in rows])
+    ax.set_xlabel("the nearest first; pale: nearer to another proxy", loc="right")
+    ax.tick_params(length=0)
+    ax.spines[:].set_visible(False)
+    ax.set_anchor("E")  # away from the names, where the figure has other proportions
+    return ax
+
+
 def plot_usage(
     loss_func: MultiProxyEntropyLoss,
     *,
-    classes: Sequence[int] | Tensor | None = None,
+    classes: Sequence[int] | Tensor | Array | None = None,
     ax: Axes | None = None,
+    class_names: Names | None = None,
 ) -> Axes:
     r"""How the samples of each class spread over its proxies: ``proxy_usage``, one row per class.
 
@@ -183,6 +277,7 @@ def plot_usage(
         loss_func: whose usage to draw. Only training updates it: that of a new loss is even.
         classes: which to draw, in that order. ``None``: all, or the first 30 where there are more, as the title says.
         ax: where to draw. ``None``: in a new figure.
+        class_names: what to write beside the rows, by class, for each that is drawn. ``None``: their numbers.
 
     Returns:
         The axes.
@@ -199,6 +294,7 @@ def plot_usage(
     _check_loss(loss_func)
     num_classes, num_proxies = loss_func.proxy_usage.shape
     shown = _classes(range(min(num_classes, MOST_ROWS)) if classes is None else classes, num_classes)
+    names = _names("class_names", class_names, shown)
     if ax is None:
         ax = plt.subplots(figsize=(8, 1.6 + 0.25 * len(shown)), layout="constrained")[1]
     ax = _given_axes("ax", ax, 1)[0]
@@ -213,7 +309,7 @@ def plot_usage(
     for row, perplexity in enumerate(functional.perplexity(usage).tolist()):
         ax.text(1.01, row, f"{perplexity:.1f}", va="center")
     ax.set(xlim=(0, 1), ylim=(len(shown) - 0.4, -0.6), ylabel="class")
-    ax.set_yticks(rows, [str(label) for label in shown])
+    ax.set_yticks(rows, [names[label] for label in shown])
     ax.set_xlabel(f"usage of its {num_proxies} proxies, the most used first; at the right: perplexity of the usage")
     if len(shown) < num_classes:
         ax.set_title(f"{'the first ' if classes is None else ''}{len(shown)} of {num_classes} classes")
@@ -253,14 +349,44 @@ def _palette(groups: Array) -> dict[int, Any]:
     return dict(zip(values, colormaps["turbo"](np.linspace(0, 1, len(values))), strict=True))
 
 
-def _draw_samples(ax: Axes, points: Array, ends: Array, groups: Array, palette: dict[int, Any]) -> None:
+def _draw_samples(
+    ax: Axes, points: Array, ends: Array, groups: Array, palette: dict[int, Any], names: Mapping[int, str]
+) -> None:
     line_colors = [palette[group] for group in groups.tolist()]
     lines = np.stack([points, ends], axis=1)
     # One collection: as many single lines would take seconds to draw.
     ax.add_collection(LineCollection(list(lines), colors=line_colors, alpha=0.2, linewidths=0.8), autolim=False)
     for group, color in palette.items():
         xs, ys = points[groups == group].T
-        ax.scatter(xs, ys, s=10, alpha=0.6, color=color, label=f"{group}", zorder=2)
+        ax.scatter(xs, ys, s=10, alpha=0.6, color=color, label=names[group], zorder=2)
+
+
+def _draw_images(ax: Axes, cells: Iterable[tuple[int, int, float, Array]]) -> None:
+    """Each in its proportions, into a part of the unit square around its place."""
+    for x, y, alpha, image in cells:
+        height, width = 0.46 * np.array(image.shape[:2]) / max(image.shape[:2])
+        box = (x - width, x + width, y + height, y - height)
+        ax.imshow(image, cmap="gray", vmin=0, vmax=1, extent=box, alpha=alpha)
+
+
+def _image(number: int, value: object) -> Array:
+    """As ``(H, W)`` or ``(H, W, 3 or 4)``, in [0, 1]."""
+    array = value.detach().cpu().double().numpy() if isinstance(value, Tensor) else np.asarray(value)
+    if array.ndim == 3 and array.shape[0] in (1, 3, 4) and array.shape[2] not in (1, 3, 4):
+        array = np.moveaxis(array, 0, 2)
+    if array.ndim == 3 and array.shape[2] == 1:
+        array = array[:, :, 0]
+    if array.ndim not in (2, 3) or array.size == 0 or array.shape[2:] not in ((), (3,), (4,)):
+        raise ValueError(
+            f"images[{number}] must be of shape (H, W), (H, W, channels) or (channels, H, W) with 1, 3 or 4 channels, "
+            f"got {array.shape}"
+        )
+    if array.dtype.kind not in "biuf" or not np.isfinite(array).all():
+        raise ValueError(f"images[{number}] must hold finite numbers, got {array.dtype}")
+    is_bytes = array.dtype == np.uint8 or (isinstance(value, Tensor) and value.dtype == torch.uint8)
+    array = array / 255 if is_bytes else array.astype(np.float64)
+    low, high = array.min(), array.max()
+    return array if low >= 0 and high <= 1 else (array - low) / max(high - low, np.finfo(float).tiny)
 
 
 def _draw_proxies(ax: Axes, stars: Array, groups: Sequence[int | None], palette: dict[int, Any]) -> None:
@@ -304,6 +430,58 @@ def _keep_statistics(loss_func: MultiProxyEntropyLoss) -> Iterator[None]:
             setattr(module, name, value)
 
 
+def _names(name: str, names: object, numbers: Iterable[Any]) -> dict[int, str]:
+    """What to write for each of the numbers."""
+    wanted = sorted({int(number) for number in numbers})
+    if names is None:
+        return {number: str(number) for number in wanted}
+    if isinstance(names, str) or not isinstance(names, (Sequence, Mapping, np.ndarray)):
+        raise TypeError(f"{name} must be a sequence of strings or a dict of them by number, got {names!r}")
+    given = names if isinstance(names, Mapping) else dict(enumerate(names))
+    missing = [number for number in wanted if number not in given]
+    if missing:
+        raise ValueError(f"{name} must have a name for each number that is drawn, got none for {missing}")
+    return {number: str(given[number]) for number in wanted}
+
+
+def _class_names(names: object, shown: list[int]) -> dict[int, str]:
+    found = _names("class_names", names, shown)
+    return {label: f"class {label}" for label in shown} if names is None else found
+
+
+def _check_images(value: object, count: int) -> None:
+    if not (hasattr(value, "__len__") and hasattr(value, "__getitem__")) or isinstance(value, str):
+        raise TypeError(f"images must be an array, a tensor or a sequence of images, got {type(value).__name__}")
+    if len(value) != count:
+        raise ValueError(f"images must be {count}, one for each embedding, got {len(value)}")
+
+
+def _samples(loss_func: MultiProxyEntropyLoss, embeddings: object, labels: object) -> tuple[Tensor, Tensor]:
+    """Both, checked, the labels on the CPU."""
+    _check_loss(loss_func)
+    points = _tensor("embeddings", embeddings)
+    if isinstance(embeddings, np.ndarray):
+        points = points.to(loss_func.proxies.device)
+    check.embeddings(points, loss_func.proxies)
+    _check_finite("embeddings", points)
+    _check_finite("proxies", loss_func.proxies.flatten(0, 1))
+    checked = check.labels(_tensor("labels", labels), len(points), loss_func.num_classes).cpu()
+    check.in_range("labels", checked, loss_func.num_classes, "num_classes")  # those of a GPU were not checked yet
+    return points, checked
+
+
+def _tensor(name: str, value: object) -> Any:
+    """A NumPy array as a tensor of its own, since it may be read-only or reversed; ``None`` as it is."""
+    if isinstance(value, np.ndarray):
+        try:
+            return torch.from_numpy(np.array(value, order="C"))
+        except TypeError:
+            raise TypeError(f"{name} must hold numbers, got an array of {value.dtype}") from None
+    if value is not None and not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor or a NumPy array, got {type(value).__name__}")
+    return value
+
+
 def _check_loss(value: object) -> None:
     if not isinstance(value, MultiProxyEntropyLoss):
         raise TypeError(
@@ -321,19 +499,20 @@ def _check_finite(name: str, value: Tensor) -> None:
 def _vectors(name: str, value: object, size: int | None = None) -> Tensor:
     """The vectors as ``float64`` on the CPU, where every device's can be drawn, without their gradient."""
     shape = f"(N, {'D' if size is None else size})"
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor of shape {shape}, got {type(value).__name__}")
-    if not value.is_floating_point():
-        raise TypeError(f"{name} must be of a floating-point dtype, got {value.dtype}")
-    if value.ndim != 2 or value.shape[1] == 0 or size not in (None, value.shape[1]):
-        raise ValueError(f"{name} must be of shape {shape}, got {tuple(value.shape)}")
-    _check_finite(name, value)
-    return value.detach().cpu().double()
+    vectors: Tensor | None = _tensor(name, value)
+    if vectors is None:
+        raise TypeError(f"{name} must be a torch.Tensor or a NumPy array of shape {shape}, got None")
+    if not vectors.is_floating_point():
+        raise TypeError(f"{name} must be of a floating-point dtype, got {vectors.dtype}")
+    if vectors.ndim != 2 or vectors.shape[1] == 0 or size not in (None, vectors.shape[1]):
+        raise ValueError(f"{name} must be of shape {shape}, got {tuple(vectors.shape)}")
+    _check_finite(name, vectors)
+    return vectors.detach().cpu().double()
 
 
 def _classes(value: object, num_classes: int) -> list[int]:
     try:
-        classes = torch.as_tensor(value).cpu()
+        classes = torch.as_tensor(_tensor("classes", value) if isinstance(value, np.ndarray) else value).cpu()
     except (TypeError, ValueError, RuntimeError):
         raise TypeError(f"classes must be integers in a sequence or tensor, got {value!r}") from None
     if classes.numel() == 0:

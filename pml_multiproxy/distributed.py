@@ -10,7 +10,8 @@ from torch.distributed.tensor import DTensor
 from . import _validation as check
 from ._module import SETTINGS, ProxyLossModule
 from ._saving import describe
-from ._sharding.checkpoints import load_checkpoint, save_checkpoint
+from ._sharding.checkpoints.loading import load_checkpoint
+from ._sharding.checkpoints.saving import save_checkpoint
 from ._sharding.layout import ShardedLayout
 from ._sharding.ranks import Ranks
 

@@ -21,7 +21,7 @@ from pml_multiproxy import (
     visualize,
 )
 from pml_multiproxy._analytic import chunks
-from pml_multiproxy._sharding.checkpoints import loading, saving
+from pml_multiproxy._checkpoints import loading, saving
 
 MODULES = [
     _kmeans,

@@ -6,7 +6,7 @@ import torch
 from torch import distributed
 
 from . import checksums, folders
-from .all_ranks import AllRanks
+from .fail_together import FailTogether
 from .target import Target
 
 
@@ -49,19 +49,19 @@ def load_checkpoint(
     >>> load_checkpoint("nowhere", module, torch.optim.AdamW(module.parameters())) is None
     True
     """
-    ranks = AllRanks(process_group)
+    together = FailTogether(process_group)
     # Of one rank: another may see a folder that has gone on meanwhile.
-    step = ranks.first(f"{folder} could not be searched", lambda: folders.last_step(Path(folder)))
+    step = together.first(f"{folder} could not be searched", lambda: folders.last_step(Path(folder)))
     if step is None:
         return None
     whole = folders.path(Path(folder), step)
     problem = f"{whole} could not be loaded, nothing was changed"
-    saved = ranks.first(problem, lambda: checksums.read(whole))
-    ranks.run(problem, lambda: checksums.verify(whole, saved, ranks.share(sorted(saved))))
+    saved = together.first(problem, lambda: checksums.read(whole))
+    together.run(problem, lambda: checksums.verify(whole, saved, together.share(sorted(saved))))
     target = Target(module, optimizer)
-    ranks.run(problem, lambda: target.read(whole, process_group))
+    together.run(problem, lambda: target.read(whole, process_group))
     try:
-        ranks.run(problem, target.replace)
+        together.run(problem, target.replace)
     except BaseException:
         target.restore()
         raise

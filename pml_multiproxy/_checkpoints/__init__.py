@@ -4,7 +4,7 @@ Two files for what users call, on what the others offer:
 
 - ``saving``: :func:`~pml_multiproxy.distributed.save_checkpoint`.
 - ``loading``: :func:`~pml_multiproxy.distributed.load_checkpoint`.
-- ``all_ranks``: an error on one rank becomes one on every rank.
+- ``fail_together``: an error on one rank becomes one on every rank.
 - ``folders``: the folder of a step, which appears when it is complete.
 - ``checksums``: whether a file has changed since it was saved.
 - ``files``, ``metadata``: the files of PyTorch's distributed checkpoints, read without executing anything.

@@ -9,9 +9,9 @@ import torch
 from torch import distributed
 from torch.distributed.checkpoint import state_dict as states
 
-from ... import _validation as check
+from .. import _validation as check
 from . import checksums, files, folders, optimizer_state
-from .all_ranks import AllRanks
+from .fail_together import FailTogether
 from .metadata import file_names
 
 
@@ -58,20 +58,20 @@ def save_checkpoint(
     >>> load_checkpoint(folder, module, optimizer)
     7
     """
-    ranks = AllRanks(process_group)
-    steps = ranks.run("step", lambda: check.integer("step", step, low=0), raises=(TypeError, ValueError))
+    together = FailTogether(process_group)
+    steps = together.run("step", lambda: check.integer("step", step, low=0), raises=(TypeError, ValueError))
     if len(set(steps)) > 1:
         raise ValueError(f"step must be the same on all ranks, got {steps}, from rank 0 on")
     whole = folders.path(Path(folder), steps[0])
     problem = f"{whole} could not be written"
-    partial = ranks.first(problem, lambda: folders.new_partial(whole), raises=(FileExistsError,))
+    partial = together.first(problem, lambda: folders.new_partial(whole), raises=(FileExistsError,))
     try:
-        ranks.run(problem, lambda: files.write(partial, _state(module, optimizer), process_group))
-        names = ranks.first(problem, lambda: file_names(partial))
-        of_ranks = ranks.run(problem, lambda: checksums.compute(partial, ranks.share(names)))
-        ranks.first(problem, lambda: _commit(partial, whole, of_ranks), raises=(FileExistsError,))
+        together.run(problem, lambda: files.write(partial, _state(module, optimizer), process_group))
+        names = together.first(problem, lambda: file_names(partial))
+        of_ranks = together.run(problem, lambda: checksums.compute(partial, together.share(names)))
+        together.first(problem, lambda: _commit(partial, whole, of_ranks), raises=(FileExistsError,))
     except BaseException:
-        if ranks.rank == 0:
+        if together.rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
         raise
     return whole

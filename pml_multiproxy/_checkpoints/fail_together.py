@@ -1,4 +1,4 @@
-"""Actions of all ranks of a group that succeed on every rank or on none."""
+"""Actions of all ranks of a group: an error on one rank becomes an error on every rank."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -6,12 +6,12 @@ from typing import Any, TypeVar
 from torch import distributed
 from torch.distributed.checkpoint.api import CheckpointException
 
-from ... import _validation as check
+from .. import _validation as check
 
 T = TypeVar("T")
 
 
-class AllRanks:
+class FailTogether:
     """The ranks that save or load together. All of its methods except ``share`` have to be called on every rank."""
 
     def __init__(self, group: distributed.ProcessGroup | None) -> None:

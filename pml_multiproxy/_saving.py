@@ -31,8 +31,8 @@ class Saved(Protocol):
 
 
 def plain(value: Any) -> Any:
-    """The number in a scalar of NumPy or torch, which a file that is loaded safely cannot hold."""
-    return value.item() if isinstance(value, (np.generic, Tensor)) else value
+    """Without NumPy and torch, whose scalars ``torch.load`` does not take for safe, or does not compare."""
+    return value.tolist() if isinstance(value, (np.generic, np.ndarray, Tensor)) else value
 
 
 def describe(module: torch.nn.Module | None) -> str:

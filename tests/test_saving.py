@@ -125,7 +125,7 @@ class Pooling(str, Enum):
     MAX = "max"
 
 
-@pytest.mark.parametrize("temperature", [np.float64(0.25), torch.tensor(0.25)], ids=repr)
+@pytest.mark.parametrize("temperature", [np.float64(0.25), np.array(0.25), torch.tensor(0.25)], ids=repr)
 def test_settings_are_plain(temperature, path):
     """A schedule sets them to whatever it computes with; with those, a state dict would not load any more."""
     loss_func = MultiProxyEntropyLoss(3, 8, 4, pooling=Pooling.MAX, scale=np.float32(20))

@@ -332,10 +332,11 @@ def test_settings_that_differ_are_refused_on_every_rank(group):
         "pooling": ("max", "softmax"),
         "collect_stats": (False, True),
         "proxies_per_class": (3, 4),
+        "embedding_reg_weight": (1.0, 0.5),
     }.items():
         message = re.escape(f"{name} must be the same on all ranks, got {list(values)}, from rank 0 on")
         with pytest.raises(ValueError, match=message):
-            make(**{name: values[rank]})
+            make(embedding_regularizer=regularizers.LpRegularizer(), **{name: values[rank]})
     for name, kinds in {
         "distance": (lambda: distances.LpDistance(p=1), lambda: distances.LpDistance(p=2)),
         "reducer": (reducers.MeanReducer, reducers.SumReducer),

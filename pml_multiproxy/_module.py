@@ -372,9 +372,7 @@ class ProxyLossModule(WeightRegularizerMixin, BaseMetricLossFunction):  # type: 
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any
     ) -> None:
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
-        # How many classes are computed at a time does not change what is computed.
-        settings = {name: value for name, value in self.settings().items() if name != "classes_per_chunk"}
-        saving.warn_of_other_settings(local_metadata.get("settings", {}), settings)
+        saving.warn_of_other_settings(local_metadata.get("settings", {}), self.settings())
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ProxyLossModule":
         """Keeps the usage in float32 through ``half()`` and the like: its momentum would be lost in rounding."""

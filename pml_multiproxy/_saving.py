@@ -66,7 +66,9 @@ def read(path: str | Path, map_location: Any) -> tuple[dict[str, Any], dict[str,
 
 def warn_of_other_settings(recorded: dict[str, Any], settings: dict[str, Any]) -> None:
     """Where a state was recorded under other settings than those of the loss that loads it."""
-    names = [name for name in settings if name in recorded and recorded[name] != settings[name]]
+    # How many classes are computed at a time does not change what is computed.
+    known = (name for name in settings if name in recorded and name != "classes_per_chunk")
+    names = [name for name in known if recorded[name] != settings[name]]
     if names:
         changes = ", ".join(f"{name} was {recorded[name]!r} and is {settings[name]!r}" for name in names)
         warnings.warn(f"the state was saved by a loss of other settings: {changes}", stacklevel=2)

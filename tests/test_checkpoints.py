@@ -483,7 +483,6 @@ class Note:
     pass
 
 
-@pytest.mark.skipif(not hasattr(torch.serialization, "safe_globals"), reason="from PyTorch 2.5 on")
 def test_objects_of_other_classes_can_be_allowed(tmp_path):
     module, optimizer = make_training()
     optimizer.param_groups[0]["note"] = Note()

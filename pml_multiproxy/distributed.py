@@ -8,9 +8,10 @@ from torch import Tensor, distributed
 from torch.distributed.tensor import DTensor
 
 from . import _validation as check
+from ._checkpoints.loading import load_checkpoint
+from ._checkpoints.saving import save_checkpoint
 from ._module import SETTINGS, ProxyLossModule
 from ._saving import describe
-from ._sharding.checkpoints import load_checkpoint, save_checkpoint
 from ._sharding.layout import ShardedLayout
 from ._sharding.ranks import Ranks
 

@@ -132,7 +132,8 @@ class Expected:
         error = max(largest(value_of(rounded).detach() - exact) for rounded in self.rounded)
         times, units = TIMES_PLAIN
         if self.case.dtype == torch.float64:
-            return times * error + EXACT * scale
+            exponents = self.eps * self.largest * max(self.case.scale, 1 / self.case.temperature)  # round by their size
+            return times * error + (EXACT + 4 * exponents) * scale
         return (times * error + units * self.eps * scale) / (5 if self.case.rounded else 1)
 
     def check_loss(self, loss):

@@ -32,9 +32,8 @@ OPTIMIZERS = {
     "RMSprop": lambda p: torch.optim.RMSprop(p, lr=0.1, momentum=0.5, centered=True),
     "Rprop": lambda p: torch.optim.Rprop(p, lr=0.1),
     "LBFGS": lambda p: torch.optim.LBFGS(p, lr=0.1, max_iter=3),
+    "Adafactor": lambda p: torch.optim.Adafactor(p, lr=0.1),
 }
-if hasattr(torch.optim, "Adafactor"):  # from PyTorch 2.5 on
-    OPTIMIZERS["Adafactor"] = lambda p: torch.optim.Adafactor(p, lr=0.1)
 
 
 def make_module():

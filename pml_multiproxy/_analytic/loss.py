@@ -1,7 +1,8 @@
 """The loss of each sample with its analytic gradient."""
 
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from itertools import islice
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +16,8 @@ from .chunks import Chunk, Plan, chunks
 from .class_softmax import ClassTerms, Sums, add_classes, class_terms, logit_gradient, sums_of_none
 from .poolings import POOLINGS, Derivative
 from .similarities import Similarity
+
+T = TypeVar("T", within_class.Assignment, within_class.Balance, ClassTerms)
 
 
 class Result(NamedTuple):
@@ -141,8 +144,10 @@ class _Gradient(torch.autograd.Function):
         _refuse_other_kinds_of_gradient(grad_losses)
         embeddings, proxies, positions, *saved = ctx.saved_tensors
         context: _Context = ctx.context
-        assignment, balance, classes, of_similarity = _terms(saved)
-        hyper, similarity = context.hyper, context.similarity.restored(embeddings, of_similarity)
+        rest = iter(saved)
+        assignment, balance = _next(within_class.Assignment, rest), _next(within_class.Balance, rest)
+        classes = _next(ClassTerms, rest)
+        hyper, similarity = context.hyper, context.similarity.restored(embeddings, tuple(rest))
         # What forward kept is used up. Should there be another backward pass, it computes that once more.
         kept, ctx.kept = ctx.kept, []
         with _autocast.without(embeddings.device.type):
@@ -172,15 +177,9 @@ def _computed_again(
         yield _Computed(chunk, pooling.pooled, pooling.derivative(compact=False))
 
 
-def _terms(
-    saved: Sequence[Tensor],
-) -> tuple[within_class.Assignment, within_class.Balance, ClassTerms, Sequence[Tensor]]:
-    """The terms among the saved tensors, and what is left of these."""
-    log_usage = len(within_class.Assignment._fields)
-    classes = log_usage + len(within_class.Balance._fields)
-    rest = classes + len(ClassTerms._fields)
-    assignment, balance = within_class.Assignment(*saved[:log_usage]), within_class.Balance(*saved[log_usage:classes])
-    return assignment, balance, ClassTerms(*saved[classes:rest]), saved[rest:]
+def _next(kind: type[T], tensors: Iterator[Tensor]) -> T:
+    """The next of these tensors, as fields."""
+    return kind(*islice(tensors, len(kind._fields)))
 
 
 def _refuse_other_kinds_of_gradient(grad_losses: Tensor) -> None:

@@ -1,6 +1,7 @@
 """The loss in the interface of sentence-transformers, and a trainer whose checkpoints hold the loss.
 
-Needs sentence-transformers 5 or newer with its training dependencies: ``pip install "sentence-transformers[train]"``.
+Needs sentence-transformers 5 or newer with its training dependencies, ``pip install "sentence-transformers[train]"``,
+and PyTorch 2.6 or newer, without which the library cannot resume.
 """
 
 # This module may be called like the library since a package's own modules are not found by their bare names.

@@ -41,13 +41,14 @@ def of_losses(runs, which, seeds, names):
 
 
 def against_best_peer(runs, which, seeds, names, ours_by="", title="ours"):
-    """Ours against the best of the peers, by task."""
+    """Ours against the best of the peers, by task; with ``ours_by``, on the tasks where that was chosen."""
     rows = []
-    for name in names:
+    for name in (name for name in names if not ours_by or ours_by in chosen(runs, name, OURS)):
         found, lacking = measured(runs, name, which, seeds)
         mine = tested(runs, name, OURS, ours_by or which, seeds)
         peers = {loss: values for loss, values in found.items() if loss in PEERS}
         if not peers or mine is None:
+            rows.append([name, "open", "open" if mine is None else f"{mine.mean():.1f}", "", ""])
             continue
         best = max(peers, key=lambda loss: peers[loss].mean())
         open_peers = [loss for loss in lacking if loss in PEERS]

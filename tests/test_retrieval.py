@@ -62,6 +62,13 @@ def read(modules, folder):
     return {name: modules["runs"].Runs(name, None, folder) for name in modules["tasks"].TASKS}
 
 
+def test_changes_are_what_differs_from_the_defaults(modules):
+    defaults = modules["losses"].load()["MultiProxyEntropy"][0]
+    assert modules["tables"].changes_of(defaults, defaults) == "`defaults`"
+    changed = defaults | {"pooling": "max", "proxies_per_class": 5, "from_kmeans": True}
+    assert modules["tables"].changes_of(changed, defaults) == "`pooling=max proxies_per_class=5 from_kmeans=True`"
+
+
 def test_configurations_are_those_that_were_drawn(modules):
     losses = modules["losses"]
     drawn = {name: losses.draw(name, family) for name, family in losses.FAMILIES.items()}
@@ -348,7 +355,8 @@ def test_sweeps_and_choice_by_agreement(main, modules, monkeypatch, tmp_path):
     tested = [row for row in rows if row["phase"] == "test" and row["loss"] == ours]
     assert {int(r["seed"]) for r in tested if losses.from_text(r["settings"]) == candidates[label]} == {0, 1}
     text = (tmp_path / "tables.md").read_text()
-    assert f"| one-coarse | {ours} | `{label}` | {found[label]:.2f} |" in text
+    changed = modules["tables"].changes_of(candidates[label], candidates["0"])
+    assert f"| one-coarse | {ours} | {changed} | {found[label]:.2f} |" in text
     assert f"| one-coarse | {peer} | `" in text
     assert "| one-coarse | SubCenterArcFace | open | " in text
     assert "| `intra_weight=0.5 proxies_per_class=2` | " in text

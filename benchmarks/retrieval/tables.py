@@ -3,11 +3,12 @@
 import numpy as np
 from scipy.stats import spearmanr
 
-from .losses import DEFAULTS_BEFORE, FAMILIES, OURS, UNTRAINED, changes, load
+from .losses import DEFAULTS_BEFORE, FAMILIES, OURS, UNTRAINED, changes, load, to_text
 from .selection import (
     COARSE_SWEEPS,
     PEERS,
     agreements,
+    candidates,
     chosen,
     interval,
     measured,
@@ -53,14 +54,14 @@ def against_best_peer(runs, which, seeds, names, ours_by="", title="ours"):
         best = max(peers, key=lambda loss: peers[loss].mean())
         open_peers = [loss for loss in lacking if loss in PEERS]
         note = f" ({len(open_peers)} of {len(open_peers) + len(peers)} peers open)" if open_peers else ""
-        label = f"`{label_of(runs, name, ours_by)}`: " if ours_by else ""
+        label = f"{changes_of(chosen(runs, name, OURS)[ours_by], DEFAULTS_BEFORE)}: " if ours_by else ""
         rows.append([name, f"{best}: {peers[best].mean():.1f}{note}", *compared(mine, peers[best], label)])
     return table(["task", "best peer", title, "difference", "ratio"], rows)
 
 
-def label_of(runs, name, which):
-    settings = chosen(runs, name, OURS)[which]
-    return " ".join(f"{key}={value}" for key, value in settings.items() if DEFAULTS_BEFORE.get(key) != value)
+def changes_of(settings, defaults):
+    changed = {key: value for key, value in settings.items() if defaults.get(key) != value}
+    return f"`{to_text(changed) or 'defaults'}`"
 
 
 def compared(ours, peer, label=""):
@@ -125,7 +126,8 @@ def choice_by_agreement(runs, seeds):
             rank = spearman(runs[name], loss, found)
             regrets = (f"{mean / means[1] - 1:+.0%}" for mean in (means[0], means[2]))
             cells = (f"{mean:.1f}" for mean in means)
-            rows.append([name, loss, f"`{label}`", f"{found[label]:.2f}", *cells, *regrets, f"{rank:.2f}"])
+            settings = changes_of(candidates(loss)[label], load()[loss][0])
+            rows.append([name, loss, settings, f"{found[label]:.2f}", *cells, *regrets, f"{rank:.2f}"])
     header = ["task", "loss", "chosen by agreement", "agreement, nats", "MAP@R", "chosen by fine labels", "defaults"]
     return table([*header, "regret of agreement", "regret of the defaults", "Spearman"], rows)
 

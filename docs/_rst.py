@@ -1,26 +1,29 @@
 """Turns the reStructuredText in the package's docstrings into Markdown: formulas, references and doctests."""
 
+import functools
 import re
 import textwrap
+from contextlib import suppress
 
 import griffe
 
 MATH_BLOCK = re.compile(r"^([ ]*)\.\. math::[ ]*(.*(?:\n(?:\1[ ]{2,}.*|[ ]*(?=\n)))*)", re.MULTILINE)
 ROLE = re.compile(r":(?:func|class|mod|meth|data|attr):`~?(?:[^`<]*<)?([^`>]+)>?`")
-DOCTEST = re.compile(r"^(>>> .*(?:\n(?!\n).+)*)", re.MULTILINE)
+DOCTEST = re.compile(r"^([ ]*)(>>> .*(?:\n\1.+)*)", re.MULTILINE)
 
 
 def markdown(text, link):
     text = MATH_BLOCK.sub(_block, text)
+    text = re.sub(r"::$", ":", text, flags=re.MULTILINE)  # of a literal block, which is indented in Markdown, too
     text = re.sub(r":math:`([^`]+)`", lambda found: "$" + " ".join(found[1].split()) + "$", text)
     text = ROLE.sub(lambda found: link(found[1]), text)
-    return DOCTEST.sub(r"```pycon\n\1\n```", text)
+    return DOCTEST.sub(r"\1```pycon\n\1\2\n\1```", text)
 
 
 def _block(found):
     indent, formula = found[1], textwrap.dedent(found[2]).strip()
     if "&" in formula:
-        formula = "\\begin{align}\n" + formula + "\n\\end{align}"
+        formula = "\\begin{split}\n" + formula + "\n\\end{split}"  # not align, which is numbered
     # A blank line would end the block.
     lines = [line for line in formula.splitlines() if line.strip()]
     return "\n".join(indent + line for line in ["$$", *lines, "$$"]) + "\n"
@@ -42,10 +45,9 @@ class RestructuredText(griffe.Extension):
         """To what has a place on an API page; the bare name of anything else."""
         module = obj if obj.is_module else obj.module
         for path in (name, f"{module.path}.{name}"):
-            parts = path.split(".")
-            if parts[0] != self.package.name or any(part.startswith("_") for part in parts) or len(parts) != 3:
-                continue
-            owner = self.package.members.get(parts[1])
-            if owner is not None and parts[2] in (owner.exports or ()):
-                return f"[`{parts[2]}`][{path}]"
+            package, *parts = path.split(".")
+            if package == self.package.name and parts and not any(part.startswith("_") for part in parts):
+                with suppress(KeyError, griffe.AliasResolutionError):  # not ours
+                    found = functools.reduce(lambda owner, part: owner.all_members[part], parts, self.package)
+                    return f"[`{path if found.is_module else '.'.join(parts[1:])}`][{path}]"
         return f"`{name}`"

@@ -10,13 +10,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # all is made here; nothing is dow
 
 import torch
 from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
-from sentence_transformers import SentenceTransformer
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch.nn import functional
-from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
-from transformers.utils import logging
-
-logging.disable_progress_bar()
 
 TOPICS = {
     "travel": {
@@ -70,6 +64,13 @@ def make_model():
 
 @cache  # also since Transformers lets only the first of several processes save, once they have found each other
 def _random_model():
+    # Here, so that the texts alone need none of them.
+    from sentence_transformers import SentenceTransformer
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
     texts = [*PREFIXES, *SUFFIXES, *(words for topic in TOPICS.values() for pair in topic.values() for words in pair)]
     vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *sorted({word for text in texts for word in text.split()})]
     tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(vocabulary)}, unk_token="[UNK]"))

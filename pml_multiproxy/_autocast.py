@@ -26,4 +26,5 @@ def current(device_type: str) -> Autocast:
 
 
 def without(device_type: str) -> AbstractContextManager[object]:
-    return Autocast(device_type, None).again()
+    is_on = current(device_type).dtype is not None
+    return Autocast(device_type, None).again() if is_on else contextlib.nullcontext()

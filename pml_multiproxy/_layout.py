@@ -80,7 +80,7 @@ class Layout(Protocol):
 
 
 class LocalLayout:
-    """All classes in this process; ``usage_group``: the processes that move the usage together."""
+    """All classes in this process; ``usage_group``: the processes that update the usage together."""
 
     def __init__(self, num_classes: int, usage_group: "distributed.ProcessGroup | str | None" = None) -> None:
         self.classes, self.usage_group = range(num_classes), usage_group

@@ -14,10 +14,10 @@ from pytorch_metric_learning.losses.mixins import WeightRegularizerMixin
 from pytorch_metric_learning.utils import common_functions as c_f
 from torch import Tensor
 
-from . import _kmeans as kmeans
 from . import _nearest as nearest
 from . import _reseeding as reseeding
 from . import _saving as saving
+from . import _starting as starting
 from . import _step as step
 from . import _validation as check
 from . import functional
@@ -172,8 +172,8 @@ class ProxyLossModule(WeightRegularizerMixin, BaseMetricLossFunction):  # type: 
     def assign(self, embeddings: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The nearest proxy of each embedding. Never updates the usage.
 
-        Of equally near proxies, it is the first. Of the sharded loss, each rank gives its own embeddings, to which the
-        proxies of all ranks are compared; every rank has to call it.
+        Of equally near proxies, the first is returned. With the sharded loss, every rank has to call it, each with its
+        own embeddings, which are compared to the proxies of all ranks.
 
         Args:
             embeddings: ``(B, D)``.
@@ -195,10 +195,9 @@ class ProxyLossModule(WeightRegularizerMixin, BaseMetricLossFunction):  # type: 
         dtype = functional.compute_dtype(embeddings, proxies)
         rows, row_labels, sizes = layout.gather_rows(embeddings, labels, dtype, self._is_training())
         if row_labels is None:
-            largest, position = nearest.nearest_of_all(self.distance, rows, proxies)
-            position = position + layout.classes.start * self.proxies_per_class
+            largest, position = nearest.nearest_of_all(self.distance, rows, proxies, layout)
         else:
-            largest, position = self._nearest_of_target(rows, row_labels, proxies)
+            largest, position = nearest.nearest_of_target(self.distance, rows, row_labels, proxies, layout)
         found = layout.nearest(largest, position, sizes)
         return found // self.proxies_per_class, found % self.proxies_per_class
 
@@ -206,13 +205,13 @@ class ProxyLossModule(WeightRegularizerMixin, BaseMetricLossFunction):  # type: 
     def init_proxies(self, embeddings: Tensor, labels: Tensor) -> None:
         """Starts the proxies of each class at the centroids of its samples, by k-means.
 
-        The same under the same seed of torch. Where the distance normalizes embeddings, so does this, the proxies get
-        unit length, and embeddings of zeros, which have no direction, are left out. Fewer distinct samples than proxies
-        are repeated, with a little noise on the repetitions; classes without samples keep their proxies. The usage
-        becomes the share of the samples that each proxy is the nearest to. Time is linear in the samples and classes;
-        long work shows a progress bar.
+        The result is the same under the same seed of torch. Where the distance normalizes embeddings, so does this: the
+        proxies get unit length, and embeddings of zeros, which have no direction, are left out. If a class has fewer
+        distinct samples than proxies, samples are repeated, with a little noise. Classes without samples keep their
+        proxies. The usage becomes the share of the samples that each proxy is the nearest to. Time is linear in the
+        samples and classes; if it takes long, a progress bar is shown.
 
-        The sharded loss takes the samples of the classes that its rank holds, and leaves out others.
+        With the sharded loss, each rank uses the samples of the classes that it holds, and ignores others.
 
         Args:
             embeddings: ``(N, D)``, of the network that will be trained, over enough samples of each class.
@@ -239,7 +238,8 @@ class ProxyLossModule(WeightRegularizerMixin, BaseMetricLossFunction):  # type: 
         is_local = self._layout.is_local(positions)
         if is_local is not None:
             embeddings, positions = embeddings[is_local], positions[is_local]
-        self._start_by_kmeans(embeddings, positions)
+        proxies, usage = self._layout.local(self.proxies), self._layout.local(self.proxy_usage)
+        starting.start_(proxies, usage, embeddings, positions, self.distance)
 
     def get_default_distance(self) -> CosineSimilarity:
         return CosineSimilarity()
@@ -279,7 +279,7 @@ class ProxyLossModule(WeightRegularizerMixin, BaseMetricLossFunction):  # type: 
     def _loss_dict(self, batch: Batch) -> dict[str, dict[str, Any]]:
         embeddings, labels, weights = batch
         if self._is_training():
-            self._before_training(embeddings.detach(), labels)
+            self._before_training(embeddings, labels)
         proxies, usage = self._layout.local(self.proxies), self._layout.local(self.proxy_usage)
         result = step.losses_and_terms(
             embeddings,
@@ -293,9 +293,7 @@ class ProxyLossModule(WeightRegularizerMixin, BaseMetricLossFunction):  # type: 
             self._is_training(),
         )
         if self.collect_stats and len(labels):
-            found = statistics(result, labels, usage, self.views, self._layout)
-            for name, value in found._asdict().items():
-                setattr(self, name, value)
+            self._record(statistics(result, labels, usage, self.views, self._layout))
         loss_dict = {
             "loss": {
                 "losses": result.losses if weights is None else result.losses * weights,
@@ -308,20 +306,28 @@ class ProxyLossModule(WeightRegularizerMixin, BaseMetricLossFunction):  # type: 
             self.add_weight_regularization_to_loss_dict(loss_dict, proxies.flatten(0, 1))
         return loss_dict
 
-    @torch.no_grad()
+    def _record(self, found: Statistics) -> None:
+        for name, value in found._asdict().items():
+            setattr(self, name, value)
+
     def _before_training(self, embeddings: Tensor, labels: Tensor) -> None:
-        """Moves dead proxies, in place, and notices proxies that nothing trains."""
-        proxies, usage = self._layout.local(self.proxies), self._layout.local(self.proxy_usage)
+        """Notices proxies that nothing trains, and moves dead ones, in place."""
+        proxies = self.proxies
         # Proxies that are computed, by a parametrization, are no leaf and belong to no optimizer.
-        if self.proxies.requires_grad and self.proxies.is_leaf and not torch.compiler.is_compiling():
-            self._untrained.look(proxies, self.proxies.grad)
-        if self.reseed_below and self.proxies.requires_grad and len(proxies):
-            where, positions = points(self.distance, embeddings), self._layout.positions(labels)
-            is_local = self._layout.is_local(positions)
-            if is_local is not None:  # a sample that is not finite is not drawn
-                where = torch.where(is_local.unsqueeze(1), where, torch.nan)
-                positions = torch.where(is_local, positions, 0)
-            reseeding.reseed_(proxies, usage, where, positions, self.reseed_below)
+        if proxies.requires_grad and proxies.is_leaf and not torch.compiler.is_compiling():
+            self._untrained.look(self._layout.local(proxies), proxies.grad)
+        if self.reseed_below and proxies.requires_grad and len(self._layout.classes):
+            self._reseed(embeddings, labels)
+
+    @torch.no_grad()
+    def _reseed(self, embeddings: Tensor, labels: Tensor) -> None:
+        proxies, usage = self._layout.local(self.proxies), self._layout.local(self.proxy_usage)
+        where, positions = points(self.distance, embeddings), self._layout.positions(labels)
+        is_local = self._layout.is_local(positions)
+        if is_local is not None:  # a sample that is not finite is not drawn
+            where = torch.where(is_local.unsqueeze(1), where, torch.nan)
+            positions = torch.where(is_local, positions, 0)
+        reseeding.reseed_(proxies, usage, where, positions, self.reseed_below)
 
     def _hyperparameters(self) -> Hyperparameters:
         return Hyperparameters(
@@ -345,39 +351,6 @@ class ProxyLossModule(WeightRegularizerMixin, BaseMetricLossFunction):  # type: 
             similarities(self.distance, embeddings, proxies.flatten(0, 1)), 1, proxies.shape[:2]
         )
         return functional.POOLINGS[self.pooling](to_proxies, self.scale, self.temperature)
-
-    def _nearest_of_target(self, embeddings: Tensor, labels: Tensor, proxies: Tensor) -> tuple[Tensor, Tensor]:
-        """Similarity and position among the proxies of all processes, each ``(B,)``. Where the class is that of another
-        process, they are such that its own come first.
-        """
-        positions = self._layout.positions(labels)
-        is_local = self._layout.is_local(positions)
-        rows = torch.arange(len(labels), device=labels.device) if is_local is None else is_local.nonzero().squeeze(1)
-        own, proxy = nearest.to_target(self.distance, embeddings[rows], positions[rows], proxies).max(dim=1)
-        largest = own.new_full((len(labels),), -math.inf).index_copy(0, rows, own)
-        last = torch.full_like(labels, torch.iinfo(labels.dtype).max)
-        return largest, last.index_copy(0, rows, labels[rows] * self.proxies_per_class + proxy)
-
-    @torch.no_grad()
-    def _start_by_kmeans(self, embeddings: Tensor, positions: Tensor) -> None:
-        """Of samples of the classes of this process, at these positions among them."""
-        directions = self.distance.normalize_embeddings
-        if directions:
-            has_one = embeddings.any(dim=1)
-            embeddings, positions = embeddings[has_one], positions[has_one]
-        classes, centroids = kmeans.start(embeddings, positions, self.proxies_per_class, spherical=directions)
-        centroids, places = centroids.to(self.proxies.dtype), torch.searchsorted(classes, positions)
-        own = nearest.to_target(self.distance, embeddings, places, centroids)
-        if not own.isfinite().all():
-            raise ValueError(
-                f"embeddings must be small enough for {type(self.distance).__name__} in {own.dtype}, got values up to "
-                f"{float(embeddings.abs().max()):.3g}, whose distances to proxies in {centroids.dtype} overflow"
-            )
-        usage = self._layout.local(self.proxy_usage)
-        counts = usage.new_zeros(len(classes), self.proxies_per_class)
-        counts.index_put_((places, own.argmax(dim=1)), usage.new_ones(()), accumulate=True)
-        usage[classes] = counts / counts.sum(dim=1, keepdim=True)
-        self._layout.local(self.proxies)[classes] = centroids
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

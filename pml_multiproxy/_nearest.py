@@ -6,27 +6,42 @@ import torch
 from torch import Tensor
 
 from . import functional
+from ._layout import Layout
 from ._similarity import similarities
 
 MOST_SIMILARITIES = 2**20
 """How many are computed at a time."""
 
 
-def nearest_of_all(distance: Any, embeddings: Tensor, proxies: Tensor) -> tuple[Tensor, Tensor]:
-    """The largest similarity of each embedding, and the position of the first proxy that has it, each ``(B,)``.
-
-    ``proxies`` ``(c', K, D)``; with none, the similarity is minus infinity.
+def nearest_of_all(distance: Any, embeddings: Tensor, proxies: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+    """The largest similarity of each embedding to the proxies ``(c', K, D)`` of this process, and the position of the
+    first one that has it, among the proxies of all processes: each ``(B,)``. With none, it is minus infinity.
     """
     count, (held, per_class, _) = len(embeddings), proxies.shape
-    position = torch.zeros(count, dtype=torch.long, device=embeddings.device)
+    position = torch.full((count,), layout.classes.start * per_class, device=embeddings.device)
     largest = embeddings.new_full((count,), -torch.inf, dtype=functional.compute_dtype(embeddings, proxies))
     step = max(MOST_SIMILARITIES // max(count * per_class, 1), 1)
     for start in range(0, held, step):
         block = similarities(distance, embeddings, proxies[start : start + step].flatten(0, 1))
         values, places = block.max(dim=1)
-        position = torch.where(values > largest, start * per_class + places, position)
+        position = torch.where(values > largest, (layout.classes.start + start) * per_class + places, position)
         largest = torch.maximum(values, largest)
     return largest, position
+
+
+def nearest_of_target(
+    distance: Any, embeddings: Tensor, labels: Tensor, proxies: Tensor, layout: Layout
+) -> tuple[Tensor, Tensor]:
+    """The same among the proxies of each embedding's class alone. Where that is a class of another process, similarity
+    and position are such that those of the other come first.
+    """
+    positions = layout.positions(labels)
+    is_local = layout.is_local(positions)
+    rows = torch.arange(len(labels), device=labels.device) if is_local is None else is_local.nonzero().squeeze(1)
+    own, proxy = to_target(distance, embeddings[rows], positions[rows], proxies).max(dim=1)
+    largest = own.new_full((len(labels),), -torch.inf).index_copy(0, rows, own)
+    last = torch.full_like(labels, torch.iinfo(labels.dtype).max)
+    return largest, last.index_copy(0, rows, labels[rows] * proxies.shape[1] + proxy)
 
 
 def to_target(distance: Any, embeddings: Tensor, labels: Tensor, proxies: Tensor) -> Tensor:

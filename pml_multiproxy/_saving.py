@@ -7,6 +7,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from . import _validation as check
+
 FORMAT = 1
 """Of the file; a later one that changes what a file holds has another number."""
 
@@ -28,6 +30,7 @@ def describe(module: torch.nn.Module | None) -> str:
 
 
 def write(loss_func: Saved, path: str | Path) -> None:
+    check.path("path", path)
     modules = {name: describe(getattr(loss_func, name)) for name in MODULES}
     file = {"format": FORMAT, "settings": loss_func.settings(), "modules": modules, "state": loss_func.state_dict()}
     torch.save(file, path)
@@ -35,6 +38,7 @@ def write(loss_func: Saved, path: str | Path) -> None:
 
 def read(path: str | Path, map_location: Any) -> tuple[dict[str, Any], dict[str, str], dict[str, Tensor]]:
     """The settings, the descriptions of modules, and the state."""
+    check.path("path", path)
     file = torch.load(path, map_location=map_location, weights_only=True)
     if not isinstance(file, dict) or "format" not in file:
         raise ValueError(f"path must name a file that MultiProxyEntropyLoss.save wrote, got {path}")

@@ -29,7 +29,7 @@ def losses_and_terms(
     layout: Layout,
     training: bool,
 ) -> analytic.Result:
-    """The loss of each sample. In training, the usage is moved first, in place.
+    """The loss of each sample. In training, the usage is updated first, in place.
 
     Args:
         embeddings: ``(B, D)``, of all processes that share the loss.
@@ -40,10 +40,10 @@ def losses_and_terms(
         classes_per_chunk: how many at a time; ``None``: by their size.
         hyper: what is constant over calls.
         layout: where the classes are.
-        training: whether to move the usage.
+        training: whether to update the usage.
     """
     dtype, positions = functional.compute_dtype(embeddings, proxies), layout.positions(labels)
-    if _implementation(embeddings, proxies, distance, classes_per_chunk, layout) == "autograd":
+    if _implementation(len(embeddings), proxies, dtype, distance, classes_per_chunk, layout) == "autograd":
         return _by_autograd(embeddings, proxies, usage, positions, distance, hyper, layout, training)
     embeddings, proxies = layout.share_of_gradient(embeddings), proxies.to(dtype).contiguous()
     plan = make_plan(classes_per_chunk, len(embeddings), proxies, dtype)
@@ -52,18 +52,22 @@ def losses_and_terms(
 
 
 def _implementation(
-    embeddings: Tensor, proxies: Tensor, distance: Any, classes_per_chunk: int | None, layout: Layout
+    batch_size: int,
+    proxies: Tensor,
+    dtype: torch.dtype,
+    distance: Any,
+    classes_per_chunk: int | None,
+    layout: Layout,
 ) -> Implementation:
     if not isinstance(layout, LocalLayout):  # the plain equations have no partial sums
         return "analytic"
     # A compiler makes more of the plain equations, and the analytic gradient is not written for transforms.
     if torch.compiler.is_compiling() or _is_transformed():
         return "autograd"
-    dtype = functional.compute_dtype(embeddings, proxies)
     if has_products(distance) and proxies.dtype == dtype:
         return "analytic"
     # By other distances, autograd does better while all similarities fit at once.
-    return "autograd" if make_plan(classes_per_chunk, len(embeddings), proxies, dtype).keep else "analytic"
+    return "autograd" if make_plan(classes_per_chunk, batch_size, proxies, dtype).keep else "analytic"
 
 
 def _is_transformed() -> bool:

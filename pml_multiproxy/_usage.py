@@ -1,4 +1,4 @@
-"""The usage of the proxies: a running mean of the assignment, which training moves."""
+"""The usage of the proxies: a running mean of the assignment, which training updates."""
 
 import torch
 from torch import Tensor
@@ -7,7 +7,6 @@ from . import functional
 from ._layout import Layout
 
 
-@torch.no_grad()
 def update_usage_(usage: Tensor, assignments: Tensor, positions: Tensor, momentum: float, layout: Layout) -> None:
     """Moves the usage by one batch, in place, after reducing over the processes that share it.
 
@@ -32,7 +31,6 @@ def update_usage_(usage: Tensor, assignments: Tensor, positions: Tensor, momentu
     usage.copy_(functional.moved_usage(usage, sums, momentum))
 
 
-@torch.no_grad()
 def usage_of_target(usage: Tensor, positions: Tensor, dtype: torch.dtype, layout: Layout) -> Tensor:
     """``(B, K)``; of no meaning where the target class is not of this process."""
     if len(usage) == 0:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable
 from numbers import Integral, Real
+from os import PathLike
 
 import torch
 from torch import Tensor, distributed
@@ -45,6 +46,11 @@ def one_of(name: str, value: object, allowed: Iterable[str]) -> str:
     return value
 
 
+def path(name: str, value: object) -> None:
+    if not isinstance(value, (str, PathLike)):
+        raise TypeError(f"{name} must be a str or a pathlib.Path, got {type(value).__name__}")
+
+
 def process_group(name: str, value: object, also: str | None = None) -> None:
     """``also``: a word that is allowed, too."""
     if value is None or (also is not None and value == also):
@@ -73,7 +79,7 @@ def embeddings(value: object, proxies: Tensor, name: str = "embeddings") -> None
 
 
 def finite(name: str, value: Tensor) -> None:
-    """Makes a GPU wait: not for training."""
+    """A device synchronisation: not for training."""
     if not value.isfinite().all():
         raise ValueError(f"{name} must be finite, got NaN or infinite values")
 
@@ -82,15 +88,19 @@ def integers(name: str, value: object, count: int) -> Tensor:
     """The integers, one for each embedding, as ``torch.long``: an index of ``uint8`` would be taken for a mask."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor of shape ({count},), got {type(value).__name__}")
-    if value.dtype == torch.bool or value.is_floating_point() or value.is_complex():
+    if not _is_integer(value):
         raise TypeError(f"{name} must be of an integer dtype, got {value.dtype}")
     if tuple(value.shape) != (count,):
         raise ValueError(f"{name} must be of shape ({count},), one for each embedding, got {tuple(value.shape)}")
     return value.long()
 
 
+def _is_integer(value: Tensor) -> bool:
+    return not (value.dtype == torch.bool or value.is_floating_point() or value.is_complex())
+
+
 def in_range(name: str, indices: Tensor, size: int, size_name: str) -> None:
-    """Only on the CPU: looking at values on a GPU would make it wait, and would break a compiled graph."""
+    """Only on the CPU: looking at values on a GPU is a device synchronisation, and would break a compiled graph."""
     if torch.compiler.is_compiling() or indices.device.type != "cpu" or indices.numel() == 0:
         return
     lowest, highest = (int(extreme) for extreme in indices.aminmax())
@@ -117,7 +127,13 @@ def indices_tuple(value: object, batch_size: int) -> None:
     if len(value) not in (2, 3, 4):
         raise ValueError(f"indices_tuple must hold 2 tensors, 3 (triplets) or 4 (pairs), got {len(value)}")
     for position, indices in enumerate(value):
-        in_range(f"indices_tuple[{position}]", indices, batch_size, "the batch size")
+        name = f"indices_tuple[{position}]"
+        if indices.ndim != 1:
+            raise ValueError(f"{name} must be in one dimension, got shape {tuple(indices.shape)}")
+        # torch.tensor([]) is of floats.
+        if len(indices) and not _is_integer(indices):
+            raise TypeError(f"{name} must be of an integer dtype, got {indices.dtype}")
+        in_range(name, indices, batch_size, "the batch size")
 
 
 def views(labels: Tensor, count: int) -> None:
@@ -143,16 +159,16 @@ def references(embeddings: object, labels: object, ref_emb: object, ref_labels: 
 
 
 def training_call() -> None:
-    """Whether the usage may be moved by this call."""
+    """Whether this call may update the usage."""
     if torch.compiler.is_compiling():
         return
     if torch._C._current_graph_task_id() != -1:
         raise RuntimeError(
-            "the loss must not be called within a backward pass while training, since each call moves the usage: "
+            "the loss must not be called within a backward pass while training, since each call updates the usage: "
             "torch.utils.checkpoint may go around the network, but not around the loss"
         )
     if torch._C._are_functorch_transforms_active():
         raise RuntimeError(
-            "a transform of torch.func must not call the loss while training, since each call moves the usage: "
+            "a transform of torch.func must not call the loss while training, since each call updates the usage: "
             "call loss_func.eval() first"
         )

@@ -8,9 +8,10 @@ from torch import Tensor, distributed
 from torch.distributed.tensor import DTensor
 
 from . import _validation as check
+from ._checkpoints.loading import load_checkpoint
+from ._checkpoints.saving import save_checkpoint
 from ._module import SETTINGS, ProxyLossModule
 from ._saving import describe
-from ._sharding.checkpoints import load_checkpoint, save_checkpoint
 from ._sharding.layout import ShardedLayout
 from ._sharding.ranks import Ranks
 
@@ -21,9 +22,9 @@ class ShardedMultiProxyEntropyLoss(ProxyLossModule):
     r"""The loss of :class:`~pml_multiproxy.losses.MultiProxyEntropyLoss`, each process holding some of the classes.
 
     Each rank of the group holds the proxies and the usage of a slice of the classes, and brings samples of its own. The
-    samples are gathered; each rank computes their similarities to its proxies; what the softmax over all classes needs
-    of them are six numbers for each sample, which are reduced over the ranks. Nothing is approximated: every rank
-    returns the loss that one process computes of all samples, in their order by rank.
+    samples are gathered, and each rank computes their similarities to its proxies. Then six numbers per sample are
+    reduced over the ranks: the softmax over all classes needs no more. Nothing is approximated: every rank returns the
+    loss that one process would compute of all samples, ordered by rank.
 
     Ranks may bring different numbers of samples, also none. The reducer sees all samples: the mean is that over all
     samples of all ranks. The tuple of a miner is that of the rank's own samples; its counts are divided by the largest
@@ -31,35 +32,34 @@ class ShardedMultiProxyEntropyLoss(ProxyLossModule):
 
     **Gradients.** ``loss.backward()`` has to run on every rank. The proxies get the gradient of the loss. The
     embeddings get it **times the number of ranks**, for ``DistributedDataParallel`` around the network, which divides
-    by that number: so the network gets the gradient of the loss, too. Without it, divide. Wrapping this loss itself, or
-    a module that holds it, is an error: PyTorch refuses to average a ``DTensor``.
+    by that number: so the network gets the gradient of the loss, too. Without ``DistributedDataParallel``, divide by it
+    yourself. Wrapping this loss itself, or a module that holds it, is an error: PyTorch refuses to average a
+    ``DTensor``.
 
-    **Parameters.** ``proxies`` and ``proxy_usage`` are ``DTensor``, sharded by class: optimizers, ``clip_grad_norm_``
-    and ``torch.distributed.checkpoint`` know what to do with them, and :func:`save_checkpoint` and
-    :func:`load_checkpoint` take them from any number of ranks to any other. ``load_state_dict`` takes the state of the
-    ordinary loss, too. Give them a parameter group of their own. Make the loss on the device that it is to stay on, as
-    in ``with torch.device("cuda"):``.
+    **Parameters.** ``proxies`` and ``proxy_usage`` are ``DTensor``, sharded by class. Optimizers, ``clip_grad_norm_``
+    and ``torch.distributed.checkpoint`` handle them; :func:`save_checkpoint` and :func:`load_checkpoint` take them from
+    any number of ranks to any other. ``load_state_dict`` takes the state of the ordinary loss, too. Give the proxies a
+    parameter group of their own. Make the loss on the device that it is to stay on, as in
+    ``with torch.device("cuda"):``.
 
-    **Where it starts.** Each rank draws its own proxies, from a seed that the first rank draws: they differ from those
-    that one process draws under the same seed, and from those of another number of ranks.
+    **Initial proxies.** Each rank draws its own, from a seed that the first rank draws: they differ from those that one
+    process draws under the same seed, and from those of another number of ranks.
 
     With ``reseed_below``, each rank moves the proxies that it holds, by random choices of its own.
 
     With ``views``, the views of a sample lie on the same rank: each rank brings blocks of its own, and the loss is that
     of the blocks of all ranks, first view, second view and so on.
 
+    Arguments that are not listed are those of the ordinary loss.
+
     Args:
-        num_classes: :math:`C`, of all ranks. As ``DTensor`` has it, slices are :math:`\lceil C / R \rceil` classes long
-            for :math:`R` ranks while classes last: with 9 classes, 4 ranks hold 3, 3, 3 and none.
-        embedding_size: as there.
-        proxies_per_class: as there.
-        process_group: a ``torch.distributed.ProcessGroup``; ``None``: all processes. Its ranks have to do the same:
-            call, with the same settings and dtype of embeddings, in training or not.
-        scale, margin, pooling, temperature: as there.
-        intra_weight, inter_weight, balance_weight, usage_momentum, reseed_below, views: as there.
-        classes_per_chunk: as there, of the classes of the rank.
-        **kwargs: as there, except that ``weight_regularizer``, which would have to see all proxies, and
-            ``usage_group``, since each usage has one place anyway, have to be ``None``. Parameters of the ``distance``
+        num_classes: :math:`C`, of all ranks. ``DTensor`` gives each of :math:`R` ranks
+            :math:`\lceil C / R \rceil` classes until none are left: with 9 classes, 4 ranks hold 3, 3, 3 and none.
+        process_group: a ``torch.distributed.ProcessGroup``; ``None``: all processes. All its ranks have to call the
+            loss together, with the same settings and dtype of embeddings, and all in training or none.
+        classes_per_chunk: as in the ordinary loss, of the classes of the rank.
+        **kwargs: as in the ordinary loss, but ``weight_regularizer``, which would have to see all proxies, and
+            ``usage_group``, which the sharded loss does not need, have to be ``None``. Parameters of the ``distance``
             have to start equal on all ranks; they get the same gradient on each.
 
     Attributes:

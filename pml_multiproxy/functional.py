@@ -1,6 +1,6 @@
 r"""The equations of the multi-proxy entropy loss, as pure functions on tensors.
 
-Nothing here knows of PyTorch Metric Learning. The symbols are those of the README's table of equations:
+Nothing here knows of PyTorch Metric Learning. The symbols are those of the page *Method* (``docs/method.md``):
 
 =====================  ===============================================================================
 :math:`B, D`           batch size, embedding size
@@ -134,7 +134,8 @@ def pool_softmax(similarities: Tensor, scale: float, temperature: float) -> Tens
     >>> pool_softmax(torch.tensor([[[0.4, 0.4], [0.0, 1.0]]]), scale=10.0, temperature=0.1)
     tensor([[0.4000, 1.0000]])
     """
-    return (F.softmax(similarities / temperature, dim=-1) * similarities).sum(dim=-1)
+    largest, below = _relative_to_largest(similarities)
+    return largest + (F.softmax(below / temperature, dim=-1) * below).sum(dim=-1)
 
 
 def pool_logsumexp(similarities: Tensor, scale: float, temperature: float) -> Tensor:
@@ -154,7 +155,15 @@ def pool_logsumexp(similarities: Tensor, scale: float, temperature: float) -> Te
     >>> pool_logsumexp(torch.zeros(1, 1, 2), scale=1.0, temperature=0.1)  # log 2
     tensor([[0.6931]])
     """
-    return torch.logsumexp(scale * similarities, dim=-1) / scale
+    largest, below = _relative_to_largest(similarities)
+    return largest + torch.logsumexp(scale * below, dim=-1) / scale
+
+
+def _relative_to_largest(similarities: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest, ``(B, C)``, and the others relative to it, so that large similarities do not swallow the scale."""
+    # Whatever is subtracted here and added later, the gradient is the same.
+    largest = similarities.detach().amax(dim=-1)
+    return largest, similarities - largest.unsqueeze(-1)
 
 
 POOLINGS: dict[str, Callable[[Tensor, float, float], Tensor]] = {
@@ -184,7 +193,7 @@ def class_distribution(class_similarities: Tensor, scale: float) -> Tensor:
 
 
 def classification_loss(class_similarities: Tensor, labels: Tensor, scale: float, margin: float) -> Tensor:
-    r"""Cross-entropy of the true class, which has to win by a margin.
+    r"""Cross-entropy of the target class, which has to win by a margin.
 
     .. math:: \mathrm{CE}_i = -\log \operatorname{softmax}_c\!\big(\sigma\,(z_i(c) - m\,1[c = y_i])\big)_{y_i}
 
@@ -216,7 +225,7 @@ def entropy(logits: Tensor) -> Tensor:
     Returns:
         ``(B,)``, in nats, from 0 to :math:`\log N`.
 
-    >>> entropy(torch.tensor([[0.0, 0.0], [0.0, -1000.0]]))  # log 2, and nothing left to tell
+    >>> entropy(torch.tensor([[0.0, 0.0], [0.0, -1000.0]]))  # log 2; 0 where one outcome is certain
     tensor([0.6931, 0.0000])
     """
     log_probabilities = F.log_softmax(logits, dim=-1)
@@ -317,7 +326,7 @@ def usage_sums(assignments: Tensor, labels: Tensor, num_classes: int) -> Tensor:
     Such sums can be added up over processes.
 
     Args:
-        assignments: ``(B, K)``, rows sum to 1. Those of zeros do not count; what is not finite counts as zero.
+        assignments: ``(B, K)``, rows sum to 1. Rows of zeros do not count; values that are not finite count as zero.
         labels: ``(B,)``, long, in ``[0, C)``.
         num_classes: :math:`C`.
 
@@ -333,12 +342,12 @@ def usage_sums(assignments: Tensor, labels: Tensor, num_classes: int) -> Tensor:
 
 
 def moved_usage(usage: Tensor, sums: Tensor, momentum: float) -> Tensor:
-    r"""The running mean of the assignment, moved on by one batch.
+    r"""The running mean of the assignment, updated with one batch.
 
     .. math:: u_c \leftarrow m^n u_c + (1 - m^n)\,\bar q_c
 
-    :math:`\bar q_c` is the mean of :math:`q_i` over the :math:`n` samples of class :math:`c` in the batch: one sample
-    moves the usage by :math:`1 - m`, whatever the size of the batch.
+    :math:`\bar q_c` is the mean of :math:`q_i` over the :math:`n` samples of class :math:`c` in the batch. The momentum
+    is per sample, so that the size of the batch makes no difference.
 
     Args:
         usage: ``(C, K)``, rows sum to 1.
@@ -358,7 +367,7 @@ def moved_usage(usage: Tensor, sums: Tensor, momentum: float) -> Tensor:
 
 
 def balance(assignments: Tensor, own_usage: Tensor) -> Tensor:
-    r"""Cross-entropy, negated, of the usage under the assignment. Minimised, it moves samples to proxies that are used
+    r"""Negated cross-entropy between assignment and usage. Minimised, it assigns samples to proxies that are used
     little.
 
     .. math:: \sum_k q_i(k) \log \max\!\big(u_{y_i}(k),\, 10^{-6}\big)
@@ -380,9 +389,10 @@ def balance(assignments: Tensor, own_usage: Tensor) -> Tensor:
 
 
 class Terms(NamedTuple):
-    """What the loss of a sample is made of: each ``(B,)``, in nats.
+    """The terms in the loss of each sample: each ``(B,)``, in nats.
 
-    Of :func:`classification_loss`, :func:`intra_class_entropy`, :func:`inter_class_entropy`, :func:`balance`.
+    They come from :func:`classification_loss`, :func:`intra_class_entropy` or :func:`cross_view_entropy`,
+    :func:`inter_class_entropy` and :func:`balance`.
 
     >>> Terms(torch.tensor([1.0]), torch.tensor([0.5]), torch.tensor([0.25]), torch.tensor([-0.5])).inter
     tensor([0.2500])
@@ -395,7 +405,7 @@ class Terms(NamedTuple):
 
 
 class Weights(NamedTuple):
-    r"""Of the terms: :math:`\lambda_\mathrm{intra}, \lambda_\mathrm{inter}, \lambda_\mathrm{balance}`, at least 0.
+    r"""Weights of the terms: :math:`\lambda_\mathrm{intra}, \lambda_\mathrm{inter}, \lambda_\mathrm{balance} \ge 0`.
 
     >>> Weights(intra=0.5, inter=0.1, balance=0.5).inter
     0.1
@@ -417,7 +427,7 @@ def sample_loss(terms: Terms, weights: Weights, num_classes: int, proxies_per_cl
 
     Args:
         terms: each ``(B,)``.
-        weights: of all but the first.
+        weights: of all terms but the classification.
         num_classes: :math:`C`.
         proxies_per_class: :math:`K`.
 

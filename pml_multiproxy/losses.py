@@ -19,7 +19,11 @@ __all__ = ["MultiProxyEntropyLoss"]
 
 
 class MultiProxyEntropyLoss(ProxyLossModule):
-    r"""Classification by several proxies per class, with entropies that keep those proxies apart and in use.
+    r"""Classification by several proxies per class; entropy terms make each sample commit to one of them, and bring all
+    of them into use.
+
+    Its proxies are a parameter: give ``loss_func.parameters()`` to an optimizer, in PML's trainers as
+    ``metric_loss_optimizer``. A learning rate about ten times that of the network is a good first try.
 
     With the symbols of :mod:`pml_multiproxy.functional`, the loss of sample :math:`i` is
 
@@ -35,27 +39,27 @@ class MultiProxyEntropyLoss(ProxyLossModule):
     - :math:`H_\mathrm{intra}`: entropy of the assignment :math:`q_i` of a sample to the proxies of its class,
       minimised: every sample commits to a proxy;
     - :math:`H_\mathrm{inter}`: entropy of the class distribution, maximised: it stays smooth;
-    - the last term spreads the samples of a class over its proxies, against their usage :math:`u`, a running mean of
-      the assignment. With :math:`\lambda_\mathrm{intra} = \lambda_\mathrm{balance}`, the within-class terms maximise
-      the mutual information between sample and proxy inside each class.
+    - the last term, the balance, spreads the samples of a class over its proxies: proxies that are used much, by the
+      usage :math:`u`, a running mean of the assignment, cost more. With :math:`\lambda_\mathrm{intra} =
+      \lambda_\mathrm{balance}`, the within-class terms maximise the mutual information between sample and proxy inside
+      each class.
 
-    The two logarithms in it change no gradient. They make the mean of each term at least 0 over the samples that the
-    usage is the mean of, so that reducers which drop losses of 0 and below, as ``AvgNonZeroReducer``, drop few. The
-    loss of a single sample may still be negative.
+    The constants :math:`\log C` and :math:`\log K` change no gradient. They keep most losses above 0, since reducers
+    such as ``AvgNonZeroReducer`` drop losses of 0 and below. The loss of a single sample may still be negative.
 
     In ``train()`` mode with gradients enabled, each call first updates the usage with the batch, then uses it. In
     ``eval()`` mode or without gradients it only uses it.
 
-    With ``reseed_below`` > 0, such a call begins by moving dead proxies: in each class of the batch that has a proxy
-    with less than this part of an even share :math:`1/K` of the usage, one randomly chosen dead proxy is moved onto a
-    random sample of its class, and gets an even share. Parameters change in place, so call ``backward`` before the next
-    call. A frozen parameter (``requires_grad=False``) stays.
+    With ``reseed_below`` > 0, such a call begins by moving dead proxies. A proxy is dead if its usage is below this
+    part of an even share :math:`1/K`. In each class of the batch, one randomly chosen dead proxy is moved onto a random
+    sample of the class, and its usage is set to an even share. This changes the parameter in place, so call
+    ``backward`` before the next call. Frozen proxies (``requires_grad=False``) stay where they are.
 
     **Views.** With ``views=V`` from 2 on, a batch is :math:`V` blocks of equal length, and row :math:`i` of every block
     is a view, a random augmentation, of the same sample. The intra-class entropy of a view then becomes the
-    cross-entropy of its assignment to those of the other views
-    (:func:`~pml_multiproxy.functional.cross_view_entropy`): views of a sample have to choose the same proxy. All else
-    is per row. :mod:`pml_multiproxy.views` makes such batches of a dataset with a random transform.
+    cross-entropy between its assignment and those of the other views
+    (:func:`~pml_multiproxy.functional.cross_view_entropy`): views of a sample have to choose the same proxy. All other
+    terms are those of each row. :mod:`pml_multiproxy.views` makes such batches from a dataset with a random transform.
 
     **Defaults.** They are the same for all tasks, with and without views: of the settings that were measured on all
     eight, those with the highest mean of MAP@R, each relative to the best on that task, on validation data
@@ -63,14 +67,14 @@ class MultiProxyEntropyLoss(ProxyLossModule):
     cluster, take a single proxy, or ``intra_weight=0`` and ``balance_weight=0``.
 
     Sources. Intra- and inter-class entropy: Yu, Zhang, Li, Zhang, *Multi-Proxy Learning from an Entropy Optimization
-    Perspective*, IJCAI 2022, pp. 1594-1600, doi:10.24963/ijcai.2022/222. Only its abstract and the caption of its
-    Figure 1 were available to us: the equations are our reading of them, not a copy, and ``balance_weight=0`` is our
-    reading of the paper's objective. Balance: mutual-information maximisation as known from discriminative clustering,
-    applied within classes: RIM (Krause, Perona, Gomes, *Discriminative Clustering by Regularized Information
-    Maximization*, NIPS 2010) and IMSAT (Hu et al., *Learning Discrete Representations via Information Maximizing
-    Self-Augmented Training*, ICML 2017). Batches instead of a running mean have such a term in FALCON (ICML 2024).
-    Views: the self-augmentation of IMSAT, within classes; kin without classes are IIC (Ji, Henriques, Vedaldi,
-    *Invariant Information Clustering*, ICCV 2019) and SwAV (Caron et al., NeurIPS 2020).
+    Perspective*, IJCAI 2022, pp. 1594-1600, doi:10.24963/ijcai.2022/222. Only its abstract, the caption of its Figure 1
+    and summaries were available to us: the equations are our reading of them, not a copy, and ``balance_weight=0`` is
+    our reading of the paper's objective. Balance: mutual-information maximisation as known from discriminative
+    clustering, applied within classes: RIM (Krause, Perona, Gomes, *Discriminative Clustering by Regularized
+    Information Maximization*, NIPS 2010) and IMSAT (Hu et al., *Learning Discrete Representations via Information
+    Maximizing Self-Augmented Training*, ICML 2017). FALCON (ICML 2024) has such a term over batches instead of a
+    running mean. Views: the self-augmentation of IMSAT, within classes. Related methods without classes are IIC (Ji,
+    Henriques, Vedaldi, *Invariant Information Clustering*, ICCV 2019) and SwAV (Caron et al., NeurIPS 2020).
 
     Args:
         num_classes: :math:`C`, at least 1.
@@ -78,46 +82,46 @@ class MultiProxyEntropyLoss(ProxyLossModule):
         proxies_per_class: :math:`K`, at least 1.
         scale: :math:`\sigma` > 0, the factor on the class similarities, in units of 1 / similarity.
         margin: :math:`m`, by which the target class has to win, in units of the similarity.
-        pooling: how the similarities to the proxies of a class become that to the class: ``"max"``, ``"softmax"``,
+        pooling: how the similarity to a class is computed from those to its proxies: ``"max"``, ``"softmax"`` or
             ``"logsumexp"``, see :data:`~pml_multiproxy.functional.POOLINGS`.
         temperature: :math:`\tau` > 0 of the assignment and of ``pooling="softmax"``, in units of the similarity.
         intra_weight: :math:`\lambda_\mathrm{intra}` >= 0.
         inter_weight: :math:`\lambda_\mathrm{inter}` >= 0.
         balance_weight: :math:`\lambda_\mathrm{balance}` >= 0.
         usage_momentum: per-sample momentum of the running usage, from 0 to 1.
-        usage_group: a ``torch.distributed.ProcessGroup``, or ``"world"`` for the default group, which need not be there
-            before the first call: the usage is moved by the batches of all its processes together. For
-            ``DistributedDataParallel``, which then computes what one process does with the whole batch, where local
-            batches are equal, the reducer is the mean and there is no miner. Every process of the group has to call the
-            loss as often as the others, all in training or none; one that has no samples calls it with none. ``None``:
-            each process keeps the usage of its own batches.
-        reseed_below: each training call first moves, in each class of the batch, one proxy whose usage is below this
-            part of an even share onto a sample of the class, from 0 (never) to below 1; 0.1 is a good first try.
-        views: :math:`V`, at least 1. From 2 on, a batch is :math:`V` blocks of equal length, and row :math:`i` of every
-            block is a view (a random augmentation) of the same sample: the intra-class entropy of a view is then the
-            cross-entropy to the assignments of the other views, :func:`~pml_multiproxy.functional.cross_view_entropy`.
-        classes_per_chunk: how many classes to hold at a time, exactly: fewer take less memory, and more time in
-            backward, which then computes similarities once more. ``None``: all, while their similarities
-            (``B * C * K`` numbers) take at most 256 MiB, else as many as take 2 MiB (on a GPU, 64 MiB).
+        usage_group: for ``DistributedDataParallel``: the processes whose batches update the usage together. A
+            ``torch.distributed.ProcessGroup``, or ``"world"`` for the default group, which need not exist before the
+            first call. ``None``: each process keeps the usage of its own batches. Every process of the group has to
+            call the loss as often as the others, all in training or none; one that has no samples calls it with none.
+            With equal local batches, the mean as reducer and no miner, the result is that of one process with the
+            whole batch.
+        reseed_below: where above 0, dead proxies are moved, see above: from 0 (never) to below 1; 0.1 is a good first
+            try.
+        views: :math:`V`, at least 1: how many views of each sample a batch holds, see above.
+        classes_per_chunk: how many classes to hold in memory at a time. The result is the same: fewer take less memory,
+            and more time in backward, which then computes similarities once more. ``None``: all, while their
+            similarities (``B * C * K`` numbers) take at most 256 MiB, else as many as take 2 MiB (on a GPU, 64 MiB).
         **kwargs: PML's: ``distance`` (default: ``CosineSimilarity``), ``reducer`` (default: ``MeanReducer``),
             ``weight_regularizer``, ``weight_reg_weight``, ``weight_init_func`` (called on the proxies as
             ``(C * K, D)``; default: random directions of unit length), ``embedding_regularizer``,
             ``embedding_reg_weight``, ``collect_stats``.
 
     Attributes:
-        proxies: parameter ``(C, K, D)``. It needs an optimizer of its own or a place in the network's.
+        proxies: parameter ``(C, K, D)``.
         proxy_usage: buffer ``(C, K)``, :math:`u`, rows sum to 1; stays ``float32``.
-        classification_loss, intra_class_entropy, inter_class_entropy, balance: with ``collect_stats=True``, the mean of
-            :math:`\mathrm{CE}`, :math:`H_\mathrm{intra}`, :math:`H_\mathrm{inter}` and
-            :math:`\log K + \sum_k q \log u` over the last batch, in nats.
+        classification_loss: with ``collect_stats=True``, the mean of :math:`\mathrm{CE}` over the last batch, in nats.
+        intra_class_entropy: likewise, the mean of :math:`H_\mathrm{intra}`.
+        inter_class_entropy: likewise, the mean of :math:`H_\mathrm{inter}`.
+        balance: likewise, the mean of :math:`\log K + \sum_k q \log u`.
         proxies_in_use: with ``collect_stats=True``, the share of all proxies that have at least a tenth of an even
             share of their class.
         usage_perplexity: with ``collect_stats=True``, :math:`\exp H(u_c)`, mean over all classes: over how many proxies
             the samples of a class are spread.
-        effective_proxies, min_effective_proxies: with ``collect_stats=True``, how many proxies the assignment tells
-            apart, :math:`\exp` of the mean of :math:`\mathrm{KL}(q_i \Vert u_{y_i})` over the samples of a class: mean
-            and minimum over the classes of the batch. Identical proxies have an even usage, but count as one here.
-            Over few samples of a class it is noisy, and may exceed :math:`K`.
+        effective_proxies: with ``collect_stats=True``, how many proxies the assignment tells apart: :math:`\exp` of the
+            mean of :math:`\mathrm{KL}(q_i \Vert u_{y_i})` over the samples of a class, mean over the classes of the
+            batch. Identical proxies have an even usage, but count as one here. Over few samples of a class it is noisy,
+            and may exceed :math:`K`.
+        min_effective_proxies: with ``collect_stats=True``, the same, but the minimum over the classes of the batch.
         views_agree: with ``collect_stats=True``, the share of samples all of whose views are nearest to the same proxy
             of their class; 1 with a single view.
 
@@ -129,13 +133,13 @@ class MultiProxyEntropyLoss(ProxyLossModule):
     and a ``GradScaler``, gradients may then overflow.
 
     Raises:
-        TypeError, ValueError: for an argument of the wrong kind, shape, dtype, device or range. Labels and indices that
-            lie on a GPU are not checked for their range, which would make it wait. For ``reseed_below`` together with
-            ``usage_group``, since the random choices would differ between the processes. For pickling a loss that has a
-            process group as its ``usage_group``.
+        TypeError, ValueError: for an argument of the wrong kind, shape, dtype, device or range. Labels and indices on a
+            GPU are not checked for their range, which would be a device synchronisation. For ``reseed_below`` together
+            with ``usage_group``, since the random choices would differ between the processes. For pickling a loss that
+            has a process group as its ``usage_group``.
         RuntimeError: for a call in training within a backward pass, as ``torch.utils.checkpoint`` around the loss makes
-            it, or within a transform of ``torch.func``: each call in training moves the usage. For differentiating the
-            gradient, except where autograd computes it.
+            it, or within a transform of ``torch.func``, since each call in training updates the usage. For
+            differentiating the gradient again, except where autograd computes it.
 
     Example:
         >>> import torch

@@ -16,7 +16,9 @@ __all__ = ["MultiProxyMiner"]
 class MultiProxyMiner(BaseMiner):  # type: ignore[misc]
     r"""Mines pairs within the neighbourhoods of the proxies, for any pair or triplet loss of PML.
 
-    Pair losses pull all samples of a class into one blob. Where classes hold several clusters, that throws away what
+    In PML's trainers it is a ``tuple_miner``, in ``CrossBatchMemory`` its ``miner``.
+
+    Pair losses pull all samples of a class together. Where classes hold several clusters, that throws away what
     distinguishes them. With :math:`a_i` the proxy nearest to sample :math:`i` within its class, and :math:`s` the
     similarity of ``loss_func`` (a distance, negated), this miner takes as
 
@@ -28,19 +30,20 @@ class MultiProxyMiner(BaseMiner):  # type: ignore[misc]
     - neither: samples of the same class at another proxy.
 
     Args:
-        loss_func: the :class:`~pml_multiproxy.losses.MultiProxyEntropyLoss` whose proxies to use. It has to be trained,
-            or started by k-means: this miner does not train it.
+        loss_func: the :class:`~pml_multiproxy.losses.MultiProxyEntropyLoss` whose proxies to use. The miner does not
+            train it: train it together with the pair loss, or start it by k-means.
         negative_margin: :math:`m`, in units of the distance of ``loss_func``. Higher mines more negatives.
         **kwargs: PML's: ``collect_stats``.
 
     Calling it: ``miner(embeddings, labels, ref_emb=None, ref_labels=None)`` with embeddings ``(B, D)``, labels
     ``(B,)``, and optionally references ``(N, D)`` and their labels, which take the place of the other samples. Returns
     PML's tuple of pairs ``(anchors, positives, anchors, negatives)``, each long; where nothing is found, they are
-    empty. Pairs of a sample with itself are left out when ``ref_emb`` is ``embeddings``.
+    empty. Pairs of a sample with itself are left out when ``ref_emb`` is ``embeddings``. References without
+    ``ref_labels`` are, as in PML, the same samples once more: row :math:`i` has label :math:`i`, and does not pair with
+    embedding :math:`i`. Give ``ref_labels=labels`` to have these pairs, too.
 
-    The miner refers to ``loss_func`` but does not own it: its parameters are not among the miner's. Copied or pickled
-    together with it, as two entries of one dict, they stay together; copied alone, the miner takes its own copy of the
-    loss along, which nobody trains.
+    The parameters of ``loss_func`` are not among the miner's. To copy or pickle the miner, put it and the loss into one
+    dict, so that they stay together: a miner that is copied alone gets a copy of the loss, which is never trained.
 
     Raises:
         TypeError, ValueError: for an argument of the wrong kind, shape, dtype, device or range, or a loss whose proxies
@@ -68,18 +71,39 @@ class MultiProxyMiner(BaseMiner):  # type: ignore[misc]
         self.negative_margin = check.real("negative_margin", negative_margin, "a finite number")
         self.add_to_recordable_attributes(name="negative_margin", is_stat=False)
 
+    def forward(
+        self,
+        embeddings: Tensor,
+        labels: Tensor,
+        ref_emb: Tensor | None = None,
+        ref_labels: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The pairs, as described in the class docstring."""
+        proxies, num_classes = self.loss_func.proxies, self.loss_func.num_classes
+        check.embeddings(embeddings, proxies)
+        check.labels(labels, len(embeddings), num_classes)
+        if ref_emb is not None:
+            check.embeddings(ref_emb, proxies, "ref_emb")
+            if ref_labels is not None or len(ref_emb) != len(embeddings):
+                check.labels(ref_labels, len(ref_emb), num_classes, "ref_labels")
+        mined: tuple[Tensor, Tensor, Tensor, Tensor] = super().forward(embeddings, labels, ref_emb, ref_labels)
+        return mined
+
     def mine(
-        self, embeddings: Tensor, labels: Tensor, ref_emb: Tensor, ref_labels: Tensor
+        self, embeddings: Tensor, labels: Tensor, ref_emb: Tensor, ref_labels: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """PML's hook."""
-        own_proxy = self._nearest("embeddings", embeddings, "labels", labels)
-        ref_proxy = self._nearest("ref_emb", ref_emb, "ref_labels", ref_labels)
+        same_samples = ref_emb is embeddings or ref_labels is None
+        if ref_labels is None:
+            ref_labels = labels
+        own_proxy = self._nearest(embeddings, labels)
+        ref_proxy = self._nearest(ref_emb, ref_labels)
         anchor_proxies = self.loss_func.proxies.flatten(0, 1)[own_proxy]
         to_anchor_proxies = similarities(self.distance, ref_emb, anchor_proxies).T
         own_similarity = similarities(self.distance, embeddings, anchor_proxies).diagonal()
 
         positive = own_proxy.unsqueeze(1) == ref_proxy
-        if ref_emb is embeddings:
+        if same_samples:
             positive.fill_diagonal_(False)
         intrudes = to_anchor_proxies >= own_similarity.unsqueeze(1) - self.negative_margin
         negative = intrudes & (labels.unsqueeze(1) != ref_labels)
@@ -87,9 +111,7 @@ class MultiProxyMiner(BaseMiner):  # type: ignore[misc]
         other_anchors, negatives = torch.where(negative)
         return anchors, positives, other_anchors, negatives
 
-    def _nearest(self, name: str, embeddings: Tensor, labels_name: str, labels: Tensor) -> Tensor:
+    def _nearest(self, embeddings: Tensor, labels: Tensor) -> Tensor:
         """The position of the nearest proxy of the own class among all proxies, ``(B,)``."""
-        check.embeddings(embeddings, self.loss_func.proxies, name)
-        labels = check.labels(labels, len(embeddings), self.loss_func.num_classes, labels_name)
         classes, proxies = self.loss_func.assign(embeddings, labels)
         return classes * self.loss_func.proxies_per_class + proxies

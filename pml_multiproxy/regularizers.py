@@ -21,18 +21,18 @@ fewer calls, and memory for more similarities between classes that nobody asked 
 
 
 class ProxyEntropyRegularizer(BaseRegularizer):  # type: ignore[misc]
-    r"""Keeps the proxies of a class apart: each must be told from its siblings. To be used as ``weight_regularizer``.
+    r"""Keeps the proxies of a class apart. Pass it to a loss of PML, or to ours, as ``weight_regularizer``.
 
-    Proxy :math:`k` of class :math:`c`, taken as a sample of its class, is assigned to itself and its siblings
-    :math:`j`, and pays for what does not go to itself:
+    Proxy :math:`k` of class :math:`c`, taken as a sample of its class, is assigned to the proxies :math:`j` of the
+    class. The penalty is 0 only where it is assigned to itself alone:
 
     .. math::
 
         a_c(j \mid k) = \operatorname{softmax}_j\!\big(s(w_{ck}, w_{cj}) / \tau\big), \qquad
         \ell_{ck} = -\log a_c(k \mid k)
 
-    The symbols are those of :mod:`pml_multiproxy.functional`. The penalty is in nats: 0 for a proxy far from its
-    siblings, and for the only proxy of a class; :math:`\log K` where all proxies of a class are the same. There the
+    The symbols are those of :mod:`pml_multiproxy.functional`. The penalty is in nats: 0 for a proxy far from the others
+    of its class, and for the only proxy of a class; :math:`\log K` where all proxies of a class are equal. There the
     gradient is zero, too: proxies must not start equal.
 
     Why entropy: where a point is nearest to itself, as by cosine, ``LpDistance`` and ``SNRDistance``,
@@ -55,9 +55,9 @@ class ProxyEntropyRegularizer(BaseRegularizer):  # type: ignore[misc]
     Args:
         proxies_per_class: :math:`K`, at least 1.
         temperature: :math:`\tau` > 0, in units of the similarity. The default suits cosines, and is the one that
-            ``SoftTripleLoss`` assigns samples with. With 10 proxies at the same cosine to each other, it takes 1.9 nats
-            at 0.95, 0.8 at 0.8 and 0.06 at 0.5, still with a slope of 0.6 nats per unit of cosine, and leaves
-            orthogonal proxies alone (0.0004). At 0.05 the slope at 0.5 is 0.008: nothing moves proxies there. At 0.2
+            ``SoftTripleLoss`` assigns samples with. For 10 proxies with the same cosine to each other, the penalty is
+            1.9 nats at a cosine of 0.95, 0.8 at 0.8, 0.06 at 0.5 (with a slope of 0.6 nats per unit of cosine) and
+            0.0004 at 0. With a temperature of 0.05, the slope at 0.5 is 0.008, too little to part proxies. With 0.2,
             orthogonal proxies are still pushed, into the other classes. Distances of another range, as ``LpDistance``,
             need another temperature.
         **kwargs: PML's: ``distance`` (default: ``CosineSimilarity``), ``reducer`` (default: ``MeanReducer``),

@@ -1,8 +1,9 @@
 """The loss in the interface of sentence-transformers, and a trainer whose checkpoints hold the loss.
 
 Needs sentence-transformers 5 or newer with its training dependencies: ``pip install "sentence-transformers[train]"``.
-This module may be called like the library since a package's own modules are not found by their bare names.
 """
+
+# This module may be called like the library since a package's own modules are not found by their bare names.
 
 from collections.abc import Iterable, Iterator
 from itertools import chain
@@ -41,7 +42,8 @@ class MultiProxyEntropyLoss(nn.Module):
       dropout, views are equal.
 
     On several processes, the gradient of the proxies is averaged over all of them, and they start from those of the
-    first, which the library does for the model alone. All processes together move the usage (``usage_group="world"``).
+    first, which the library does for the model alone. The usage is that of all processes together
+    (``usage_group="world"``).
 
     Args:
         model: its embedding size D becomes that of the proxies.
@@ -55,8 +57,8 @@ class MultiProxyEntropyLoss(nn.Module):
             ``loss_func.proxies`` in ``learning_rate_mapping``.
 
     Raises:
-        ValueError: for a model whose embedding size is unknown; in a call, for a number of text columns that is
-            neither 1 nor ``views``, for no labels, and for ``reseed_below`` on several processes, which would each move
+        ValueError: for a model whose embedding size is unknown; in a call, for a number of text columns that is neither
+            1 nor ``views``, for missing labels, and for ``reseed_below`` on several processes, which would each move
             other proxies; and as the inner loss raises.
 
     Example::
@@ -142,7 +144,7 @@ class MultiProxyEntropyLoss(nn.Module):
         if not self.loss_func.proxies.requires_grad:  # DistributedDataParallel refuses what has nothing to average
             return self.loss_func
         if not self._parallel:
-            # The usage is a buffer, and either moved by all processes together or each one's own.
+            # The usage is a buffer, and either updated by all processes together or each one's own.
             self._parallel.append(DistributedDataParallel(self.loss_func, broadcast_buffers=False))
         return self._parallel[0]
 

@@ -74,9 +74,12 @@ def pool(s, settings):
     """(B, C, K) to (B, C)."""
     if settings.pooling == "max":
         return s.amax(dim=2)
+    # Large similarities would swallow the scale in the rounding of the exponents.
+    largest = s.detach().amax(dim=2)
+    below = s - largest.unsqueeze(2)
     if settings.pooling == "softmax":
-        return ((s / settings.temperature).softmax(dim=2) * s).sum(dim=2)
-    return (settings.scale * s).logsumexp(dim=2) / settings.scale
+        return largest + ((below / settings.temperature).softmax(dim=2) * below).sum(dim=2)
+    return largest + (settings.scale * below).logsumexp(dim=2) / settings.scale
 
 
 def own(values, labels):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 ROOT = Path(__file__).parent.parent
 
@@ -137,3 +138,46 @@ def test_agreement_of_a_training(loss, monkeypatch):
     even, odd = row["assigned"].split()
     assert len(even) + len(odd) == 270 + 899
     assert set(even + odd) <= set("012")
+
+
+@pytest.fixture
+def clusters(monkeypatch):
+    """On the digits, trained for one epoch."""
+    monkeypatch.syspath_prepend(ROOT)
+    module = importlib.import_module("benchmarks.inspection.clusters")
+    digits = module.TASKS["digits-coarse"](None)
+    monkeypatch.setitem(module.TASKS, "digits-coarse", lambda _: digits._replace(epochs=1))
+    return module
+
+
+def test_clusters_of_each_loss(clusters, tmp_path, capsys):
+    arguments = ["--task", "digits-coarse", "--seeds", "2", "--out", str(tmp_path)]
+    clusters.main(arguments)
+    written = (tmp_path / "clusters.csv").read_text()
+    rows = list(csv.DictReader(written.splitlines()))
+    assert [(row["loss"], row["proxies_per_class"], row["seed"]) for row in rows] == [
+        (loss, count, seed)
+        for loss, count in (("MultiProxyEntropy", "30"), ("SoftTriple", "30"), ("SubCenterArcFace", "3"))
+        for seed in "01"
+    ]
+    assert all(-1 <= float(row[column]) <= 100 for row in rows for column in clusters.COLUMNS)
+    table = (tmp_path / "clusters.md").read_text()
+    assert table in capsys.readouterr().out
+    cells = [line.strip("|").split("|") for line in table.splitlines()[2:]]
+    assert [[cell.strip() for cell in line[:4]] for line in cells] == [
+        ["digits-coarse", "5", row["loss"], row["proxies_per_class"]] for row in rows[::2]
+    ]
+    for line, pair in zip(cells, zip(rows[::2], rows[1::2], strict=True), strict=True):
+        means = [np.mean([float(row[column]) for row in pair]) for column in clusters.COLUMNS]
+        assert [float(cell.split()[0]) for cell in line[4:]] == pytest.approx(means, abs=0.06)
+    clusters.main(arguments)
+    assert (tmp_path / "clusters.csv").read_text() == written
+
+
+def test_clusters_that_are_the_fine_labels_score_1(clusters):
+    proxies = torch.nn.functional.normalize(torch.randn(2, 3, 8), dim=2)
+    order = torch.randperm(60) % 6
+    fine = torch.tensor([4, 9, 2, 7, 0, 1])[order]
+    data = clusters.TASKS["digits-coarse"](None).test._replace(coarse=order // 3 + 5, fine=fine)
+    assert clusters.of_proxies(proxies, proxies.flatten(0, 1)[order], data) == pytest.approx((1, 1, 1))
+    assert clusters.of_proxies(proxies, proxies.flatten(0, 1)[order.flip(0)], data).accuracy < 0.9

@@ -1,11 +1,16 @@
-"""A training step compiles into one graph."""
+"""A training step compiles into one graph; the logits export."""
 
 import copy
+import re
+from pathlib import Path
 
 import pytest
 import torch
+from cases import make_distance
 
 from pml_multiproxy import MultiProxyEntropyLoss, functional
+
+PARAMETERS = Path(__file__).parent.parent / "docs" / "parameters.md"
 
 
 @pytest.mark.parametrize(
@@ -36,10 +41,10 @@ def test_training_step_has_no_graph_breaks(backend, pooling, views, batch):
 
 
 class Classifier(torch.nn.Module):
-    def __init__(self, pooling):
+    def __init__(self, pooling, distance="cosine"):
         super().__init__()
         self.network = torch.nn.Linear(8, 8)
-        self.loss_func = MultiProxyEntropyLoss(5, 8, 3, pooling=pooling)
+        self.loss_func = MultiProxyEntropyLoss(5, 8, 3, pooling=pooling, distance=make_distance(distance))
 
     def forward(self, x):
         return self.loss_func.get_logits(self.network(x))
@@ -54,3 +59,44 @@ def test_logits_export_with_a_batch_of_any_length(pooling):
     for count in (1, 7, 300):
         x = torch.randn(count, 8)
         torch.testing.assert_close(program.module()(x), model(x))
+
+
+def check_onnx(program, model, size):
+    from onnx.reference import ReferenceEvaluator
+
+    evaluator = ReferenceEvaluator(program.model_proto)
+    for count in (1, 7, 300):
+        x = torch.randn(count, size)
+        (logits,) = evaluator.run(None, {"x": x.numpy()})
+        torch.testing.assert_close(torch.tensor(logits), model(x).detach(), atol=1e-4, rtol=1e-4)
+
+
+ONNX_WARNINGS = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+"""Those of torch, onnx and onnxscript among themselves."""
+
+
+@pytest.mark.parametrize(
+    ("pooling", "distance"),
+    [*((pooling, "cosine") for pooling in functional.POOLINGS), ("logsumexp", "dot product"), ("logsumexp", "SNR")],
+)
+@ONNX_WARNINGS
+def test_logits_export_to_onnx_with_a_batch_of_any_length(pooling, distance):
+    pytest.importorskip("onnxscript")
+    model = Classifier(pooling, distance).eval()
+    shapes = {"x": {0: torch.export.Dim("batch", min=1)}}
+    program = torch.onnx.export(model, (torch.randn(4, 8),), dynamo=True, dynamic_shapes=shapes, verbose=False)
+    check_onnx(program, model, size=8)
+
+
+@ONNX_WARNINGS
+def test_the_documented_export_to_onnx(tmp_path, monkeypatch):
+    pytest.importorskip("onnxscript")
+    monkeypatch.chdir(tmp_path)
+    section = re.search(r"^## Export\n.*?^## ", PARAMETERS.read_text(), re.DOTALL | re.MULTILINE).group()
+    blocks = re.findall(r"^```py(?:thon)?\n(.*?)^```", section, re.DOTALL | re.MULTILINE)
+    assert len(blocks) == 2
+    namespace = {"__name__": "page"}
+    for block in blocks:
+        exec(block, namespace)
+    assert (tmp_path / "classifier.onnx").exists()
+    check_onnx(namespace["program"], namespace["classifier"], size=32)

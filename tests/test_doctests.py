@@ -21,7 +21,7 @@ from pml_multiproxy import (
     visualize,
 )
 from pml_multiproxy._analytic import chunks
-from pml_multiproxy._sharding import checkpoints
+from pml_multiproxy._checkpoints import loading, saving
 
 MODULES = [
     _kmeans,
@@ -29,14 +29,15 @@ MODULES = [
     _register,
     _reseeding,
     agreement,
-    checkpoints,
     chunks,
     distributed,
     functional,
     inspection,
+    loading,
     losses,
     miners,
     regularizers,
+    saving,
     views,
     visualize,
 ]

@@ -173,6 +173,9 @@ TUPLES = {
     "lists": (([0], [1], [2]), TypeError, "indices_tuple must be None or a tuple of 2 to 4 tensors, as PML's miners "
         "return, got ['list', 'list', 'list']"),
     "one tensor": ((i,), ValueError, "indices_tuple must hold 2 tensors, 3 (triplets) or 4 (pairs), got 1"),
+    "floats": ((i, i, i.float()), TypeError, "indices_tuple[2] must be of an integer dtype, got torch.float32"),
+    "a mask": ((i, i > 0, i), TypeError, "indices_tuple[1] must be of an integer dtype, got torch.bool"),
+    "a single index": ((i[0], i, i), ValueError, "indices_tuple[0] must be in one dimension, got shape ()"),
     "an index too large": ((i, i + 3, i), ValueError, "indices_tuple[1] must lie in [0, 3] (the batch size is 4), "
         "got values from 3 to 4"),
 }  # fmt: skip

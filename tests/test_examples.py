@@ -175,6 +175,31 @@ def test_train_ddp():
     assert all(20 < float(line.split()[-1]) < 100 for line in lines)
 
 
+def scores(table):
+    """By row of a table of ACC, NMI and ARI."""
+    rows = [line.strip("|\n").split("|") for line in table.splitlines()[2:]]
+    return {name.strip(): [float(cell) for cell in cells] for name, *cells in rows}
+
+
+def test_look_at_proxies(example, tmp_path, capsys):
+    example("look_at_proxies").main(["--out", str(tmp_path / "new"), "--epochs", "1"])
+    table = (tmp_path / "new" / "scores.md").read_text()
+    assert table in capsys.readouterr().out
+    found = scores(table)
+    assert list(found) == ["even", "odd", "mean"]
+    assert found["mean"] == pytest.approx(
+        [mean(pair) for pair in zip(found["even"], found["odd"], strict=True)], abs=0.1
+    )
+    assert matplotlib.image.imread(tmp_path / "new" / "nearest.png").std() > 0.05
+
+
+def test_committed_proxies_found_the_digits_to_a_good_part():
+    folder = ROOT / "examples" / "results" / "look_at_proxies"
+    accuracy, nmi, ari = scores((folder / "scores.md").read_text())["mean"]
+    assert min(accuracy, nmi, ari) > 50
+    assert (folder / "nearest.png").exists()
+
+
 def choices(out):
     rows = json.loads((out / "trials.json").read_text())
     assert [row["agreement"] for row in rows] == sorted((row["agreement"] for row in rows), reverse=True)

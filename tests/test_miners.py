@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from pytorch_metric_learning import distances, losses, trainers
+from pytorch_metric_learning.utils import loss_and_miner_utils
 from torch.utils.data import TensorDataset
 
 from pml_multiproxy import MultiProxyEntropyLoss
@@ -90,6 +91,21 @@ def test_embeddings_as_their_own_references(loss_func, batch):
     assert all(a.equal(b) for a, b in zip(alone, referred, strict=True))
     a1, p, _, _ = miner(*batch, batch[0].clone(), batch[1])
     assert (a1 == p).sum() == 12  # another tensor: a sample and its copy are a pair
+
+
+@torch.no_grad()
+def test_references_without_labels_have_those_of_the_batch_as_in_pml():
+    loss_func = MultiProxyEntropyLoss(4, 6, 3).double()
+    embeddings, labels = torch.randn(15, 6).double(), torch.randint(4, (15,))
+    references = embeddings + 0.1 * torch.randn(15, 6).double()
+    positives, negatives = mine_by_hand(loss_func, 0.2, embeddings, labels, references, labels)
+    alone = [(i, j) for i, j in positives if i != j]
+    assert 0 < len(alone) < len(positives)
+    mined = MultiProxyMiner(loss_func, 0.2)(embeddings, labels, references)
+    assert pairs(mined) == (alone, negatives)
+    # Of all pairs that PML's own miners choose from.
+    everything = pairs(loss_and_miner_utils.get_all_pairs_indices(labels, None))
+    assert all(set(found) <= set(possible) for found, possible in zip(pairs(mined), everything, strict=True))
 
 
 def test_mines_nothing_where_there_is_nothing(loss_func):
@@ -218,9 +234,21 @@ def test_bad_arguments(loss_func, batch):
     for arguments, message in (
         ((embeddings[:, :5], labels), "embeddings must be of shape (batch_size, 8), got (12, 5)"),
         ((embeddings, labels + 1), "labels must lie in [0, 2] (num_classes is 3), got values from 1 to 3"),
-        ((embeddings, labels, embeddings), "ref_labels must be given, a tensor of shape (12,), got None"),
+        ((embeddings, labels, embeddings[:5]), "ref_labels must be given, a tensor of shape (5,), got None"),
+        ((embeddings[:5], labels), "labels must be of shape (5,), one for each embedding, got (12,)"),
+        ((embeddings[0, 0], labels), "embeddings must be of shape (batch_size, 8), got ()"),
+        ((embeddings, labels[0]), "labels must be of shape (12,), one for each embedding, got ()"),
+        ((embeddings, None), "labels must be given, a tensor of shape (12,), got None"),
         ((embeddings, labels, embeddings[:, :5], labels), "ref_emb must be of shape (batch_size, 8), got (12, 5)"),
         ((embeddings, labels, embeddings, labels + 1), "ref_labels must lie in [0, 2] (num_classes is 3)"),
     ):
         with pytest.raises(ValueError, match=re.escape(message)):
+            miner(*arguments)
+    for arguments, message in (
+        ((embeddings.tolist(), labels), "embeddings must be a torch.Tensor of shape (batch_size, 8), got list"),
+        ((embeddings, labels.numpy()), "labels must be a torch.Tensor of shape (12,), got ndarray"),
+        ((embeddings, labels, embeddings.tolist(), labels), "ref_emb must be a torch.Tensor of shape (batch_size, 8)"),
+        ((embeddings, labels, embeddings, labels.numpy()), "ref_labels must be a torch.Tensor of shape (12,)"),
+    ):
+        with pytest.raises(TypeError, match=re.escape(message)):
             miner(*arguments)

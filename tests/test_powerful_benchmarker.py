@@ -96,7 +96,9 @@ def test_records_hold_our_statistics(table, out):
     for fold in folds(out / OURS):
         rows = records(fold, "metric_loss_MultiProxyEntropyLoss", Statistics._fields)
         assert len(rows) == EPOCHS * ITERATIONS
-        assert all(len(set(column)) > 1 for column in zip(*rows, strict=True))
+        columns = dict(zip(Statistics._fields, zip(*rows, strict=True), strict=True))
+        assert set(columns.pop("views_agree")) == {1.0}  # there is one view
+        assert all(len(set(column)) > 1 for column in columns.values())
 
 
 def test_miner_and_regularizer_take_part(table, out):

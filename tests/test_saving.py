@@ -4,6 +4,7 @@ import copy
 import pickle
 import re
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,20 @@ from pytorch_metric_learning import reducers
 from pml_multiproxy import MultiProxyEntropyLoss
 
 SETTINGS = {"scale": 7.0, "pooling": "softmax", "temperature": 0.3, "views": 2, "classes_per_chunk": 2, "margin": 0.1}
+
+EARLIER_SETTINGS = {
+    "scale": 7.0,
+    "margin": 0.1,
+    "pooling": "logsumexp",
+    "temperature": 0.3,
+    "intra_weight": 0.4,
+    "inter_weight": 0.1,
+    "balance_weight": 0.6,
+    "usage_momentum": 0.8,
+    "reseed_below": 0.05,
+    "classes_per_chunk": 2,
+}
+"""Those of data/state_dict."""
 
 
 @pytest.fixture
@@ -58,6 +73,15 @@ def test_other_files_are_refused(path):
         MultiProxyEntropyLoss.load(path)
 
 
+@pytest.mark.parametrize("wrong", [3, None, torch.ones(2)], ids=str)
+def test_what_is_no_path_is_refused(wrong):
+    message = re.escape(f"path must be a str or a pathlib.Path, got {type(wrong).__name__}")
+    with pytest.raises(TypeError, match=message):
+        MultiProxyEntropyLoss(3, 8).save(wrong)
+    with pytest.raises(TypeError, match=message):
+        MultiProxyEntropyLoss.load(wrong)
+
+
 def test_a_state_of_other_settings_says_so(path):
     network = torch.nn.ModuleDict({"loss": MultiProxyEntropyLoss(3, 8, 4, scale=20, pooling="softmax")})
     torch.save(network.state_dict(), path)
@@ -73,10 +97,16 @@ def test_a_state_of_other_settings_says_so(path):
         other.load_state_dict(dict(state))  # one that records none, as those of before
 
 
-def test_a_state_from_before_settings_were_recorded_loads():
-    loss_func = MultiProxyEntropyLoss(3, 8, 4)
-    loss_func.load_state_dict({"proxies": torch.ones(3, 4, 8), "proxy_usage": torch.full((3, 4), 0.25)})
-    assert loss_func.proxies.eq(1).all()
+def test_a_state_of_an_earlier_version_loads():
+    """From before settings were recorded: see data/state_dict/README.md."""
+    folder = Path(__file__).parent / "data" / "state_dict"
+    loss_func = MultiProxyEntropyLoss(3, 4, 2, **EARLIER_SETTINGS)
+    loss_func.load_state_dict(torch.load(folder / "state.pt", weights_only=True))
+    expected = torch.load(folder / "expected.pt", weights_only=True)
+    embeddings, labels = expected["embeddings"], expected["labels"]
+    torch.testing.assert_close(loss_func.get_logits(embeddings), expected["logits"])
+    torch.testing.assert_close(loss_func(embeddings, labels), expected["training_loss"])
+    torch.testing.assert_close(loss_func.proxy_usage, expected["usage_after"])
 
 
 def test_print_shows_the_settings():

@@ -71,9 +71,8 @@ OPTIMIZERS = {
     "AdamW": {},
     "Adagrad": {},  # has a state from the start
     "NAdam": {},  # has a number in float32 beside parameters in float64
+    "Adafactor": {},  # has states of other shapes, and is not the same for a DTensor and a tensor
 }
-if hasattr(torch.optim, "Adafactor"):  # from PyTorch 2.5 on
-    OPTIMIZERS["Adafactor"] = {}  # has states of other shapes, and is not the same for a DTensor and a tensor
 
 
 @on(4)

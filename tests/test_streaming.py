@@ -243,7 +243,7 @@ def test_keeps_one_number_per_similarity(pooling):
         x for x in gc.get_objects() if id(x) not in others and isinstance(x, torch.Tensor) and x.numel() >= 5 * 7 * 11
     ]
     assert len(held) == 1
-    assert derivative.times(torch.ones(5, 11)).shape == (5, 7, 11)
+    assert derivative.times_(torch.ones(5, 11)).shape == (5, 7, 11)
 
 
 def test_empty_batch():

@@ -19,7 +19,8 @@ from pytorch_metric_learning.distances import CosineSimilarity, DotProductSimila
 from sklearn.decomposition import PCA
 
 from pml_multiproxy import MultiProxyEntropyLoss
-from pml_multiproxy.visualize import plot_class, plot_embeddings, plot_usage
+from pml_multiproxy.inspection import nearest_samples
+from pml_multiproxy.visualize import plot_class, plot_embeddings, plot_nearest, plot_usage
 
 SMALL, LARGE = 90, 300
 WHITE = to_rgba("white")
@@ -205,6 +206,7 @@ def test_leaves_the_loss_as_it_was(batch, training):
     torch_state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].copy()
 
     plot_embeddings(loss_func, embeddings * 2, labels, colors=labels)
+    plot_nearest(loss_func, embeddings * 2, labels, torch.zeros(len(labels), 3, 3))
     plot_usage(loss_func)
 
     assert loss_func.training == training
@@ -225,6 +227,61 @@ def test_the_same_input_gives_the_same_picture(loss_func, batch):
         figure.canvas.draw()
         pictures.append(np.array(figure.canvas.buffer_rgba()))
     assert (pictures[0] == pictures[1]).all()
+
+
+def test_names_and_legends(loss_func):
+    embeddings, labels = torch.randn(12, 8), torch.arange(12) % 3
+    colors, names = labels + 4, {4: "four", 5: "five", 6: "six"}
+    axes = plot_embeddings(
+        loss_func,
+        embeddings,
+        labels,
+        colors=colors,
+        classes=[2, 0],
+        class_names=["cat", "dog", "cow"],
+        color_names=names,
+        legend_title="breed",
+    )
+    assert [ax.get_title() for ax in axes] == ["cow", "cat"]
+    for ax, name in zip(axes, ["six", "four"], strict=True):
+        assert ax.get_legend().get_title().get_text() == "breed"
+        assert [text.get_text() for text in ax.get_legend().get_texts()] == [name]
+
+
+def test_names_need_to_be_there_only_for_what_is_drawn(loss_func):
+    embeddings, labels = torch.randn(12, 8), torch.arange(12) % 3
+    (ax,) = plot_embeddings(loss_func, embeddings, labels, classes=[1], class_names={1: "dog"})
+    assert ax.get_title() == "dog"
+    ax = plot_usage(loss_func, classes=[2, 1], class_names=np.array(["cat", "dog", "cow"]))
+    assert [text.get_text() for text in ax.get_yticklabels()] == ["cow", "dog"]
+    ax = plot_class(embeddings, embeddings[:2], labels, color_names=("cat", "dog", "cow"))
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["cat", "dog", "cow"]
+
+
+def awkward(tensor):
+    """The same values in a NumPy array that is reversed in memory and read-only."""
+    array = tensor.detach().numpy()[::-1].copy()[::-1]
+    array.flags.writeable = False
+    return array
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("label_dtype", [torch.uint8, torch.int32, torch.int64])
+def test_numpy_arrays_give_the_same_pictures(dtype, label_dtype, loss_func):
+    embeddings, labels = torch.randn(12, 8, dtype=dtype), (torch.arange(12) % 3).to(label_dtype)
+    images, nearest = torch.rand(12, 5, 5), torch.arange(12) % 4
+
+    def pictures(convert):
+        x, y, z = convert(embeddings), convert(labels), convert(images)
+        yield plot_embeddings(loss_func, x, y, colors=y, classes=convert(torch.tensor([2, 0])))[1]
+        yield plot_class(x, convert(embeddings[:4]), y, nearest=convert(nearest))
+        yield plot_nearest(loss_func, x, y, z, count=3)
+
+    for of_torch, of_numpy in zip(pictures(lambda tensor: tensor), pictures(awkward), strict=True):
+        canvases = [ax.figure.canvas for ax in (of_torch, of_numpy)]
+        for canvas in canvases:
+            canvas.draw()
+        assert (np.array(canvases[0].buffer_rgba()) == np.array(canvases[1].buffer_rgba())).all()
 
 
 # plot_class
@@ -317,6 +374,120 @@ def test_everything_lies_within_the_panel():
         assert positions.max() < high
 
 
+# plot_nearest
+
+
+def grid_of(ax):
+    """The images by row and column: the pixels, and how opaque they are."""
+    found = {}
+    for image in ax.images:
+        left, right, bottom, top = image.get_extent()
+        x, y = (left + right) / 2, (bottom + top) / 2
+        assert x == pytest.approx(round(x))
+        assert y == pytest.approx(round(y))
+        found[round(y), round(x)] = np.array(image.get_array()), image.get_alpha()
+    assert len(found) == len(ax.images)
+    return found
+
+
+def numbered_images(count):
+    """Each of one value, which tells its number."""
+    return (torch.arange(count) / count).view(-1, 1, 1).expand(-1, 4, 4)
+
+
+@pytest.mark.parametrize("classes", [None, [2], [2, 0]], ids=str)
+@pytest.mark.parametrize("count", [1, 4, 9])
+def test_each_row_has_the_images_nearest_to_its_proxy(classes, count, loss_func):
+    embeddings, labels = torch.randn(18, 8), torch.arange(18) % 3
+    ax = plot_nearest(loss_func, embeddings, labels, numbered_images(18), count=count, classes=classes)
+    shown = [0, 1, 2] if classes is None else classes
+    expected = nearest_samples(loss_func, embeddings, labels, count)
+    nearest = loss_func.assign(embeddings, labels)[1]
+    rows = [(c, k) for c in shown for k in range(4)]
+    assert [text.get_text() for text in ax.get_yticklabels()] == [f"class {c}, proxy {k}" for c, k in rows]
+    grid = grid_of(ax)
+    assert sorted(grid) == [(row, column) for row in range(len(rows)) for column in range(min(count, 6))]
+    for (row, column), (pixels, alpha) in grid.items():
+        c, k = rows[row]
+        sample = int(expected[c, k, column])
+        assert np.allclose(pixels, sample / 18)
+        assert alpha == (1 if nearest[sample] == k else 0.3)
+    assert count == 1 or {alpha for _, alpha in grid.values()} == {1, 0.3}
+    assert ax.get_xlim() == (-0.5, count - 0.5)
+    assert ax.get_ylim() == (len(rows) - 0.5, -0.5)  # the first row is above
+
+
+@pytest.mark.parametrize("name", ["", "a", "a class of a rather long name"])
+@pytest.mark.parametrize(("per_class", "count"), [(1, 1), (3, 8), (2, 30), (10, 2)])
+def test_rows_have_the_names_of_classes(name, per_class, count):
+    loss_func, names = MultiProxyEntropyLoss(2, 8, per_class), [name, name + "b"]
+    ax = plot_nearest(
+        loss_func, torch.randn(9, 8), torch.arange(9) % 2, torch.rand(9, 7, 5), count=count, class_names=names
+    )
+    labels = [text.get_text() for text in ax.get_yticklabels()]
+    assert labels == [f"{name}, proxy {k}" for name in names for k in range(per_class)]
+    ax.figure.canvas.draw()
+    boxes = [text.get_window_extent() for text in (*ax.get_yticklabels(), ax.xaxis.label)]
+    assert all(ax.figure.bbox.contains(box.x0, box.y0) for box in boxes)
+    assert all(ax.figure.bbox.contains(box.x1, box.y1) for box in boxes)
+    assert all(not a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+
+
+def test_a_class_without_samples_has_rows_without_images(loss_func):
+    ax = plot_nearest(loss_func, torch.randn(3, 8), torch.tensor([0, 0, 0]), numbered_images(3), classes=[1, 0])
+    assert len(ax.get_yticklabels()) == 8
+    assert {row for row, _ in grid_of(ax)} == {4, 5, 6, 7}
+
+
+def drawn(image):
+    loss_func = MultiProxyEntropyLoss(1, 8, 1)
+    ax = plot_nearest(loss_func, torch.randn(1, 8), torch.tensor([0]), [image], count=2)
+    (image,) = ax.images
+    left, right, bottom, top = image.get_extent()
+    return np.array(image.get_array()), (right - left) / (bottom - top)
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_channels_first_or_last(channels):
+    image = torch.rand(channels, 10, 5)
+    for given in (image, image.numpy(), image.movedim(0, 2), image.movedim(0, 2).numpy()):
+        pixels, proportion = drawn(given)
+        assert np.allclose(pixels, image[0] if channels == 1 else image.movedim(0, 2))
+        assert proportion == pytest.approx(0.5)  # half as wide as high
+
+
+def test_ranges_of_values():
+    ramp = torch.arange(6.0).view(2, 3)
+    for image, expected in (
+        (ramp / 10, ramp / 10),
+        (ramp.to(torch.uint8) * 50, ramp * 50 / 255),
+        (ramp.to(torch.uint8), ramp / 255),
+        (ramp.numpy().astype(np.uint8), ramp / 255),
+        (ramp * 3 - 7, ramp / 5),
+        (ramp.long() * 51, ramp / 5),
+        (ramp.bfloat16() * 16, ramp / 5),
+        (ramp > 2, ramp > 2),
+        (torch.full((2, 3), 7.0), torch.zeros(2, 3)),
+    ):
+        assert np.allclose(drawn(image)[0], expected), image
+
+
+def test_only_images_that_are_drawn_are_asked_for(loss_func):
+    asked = []
+
+    class Lazy:
+        def __len__(self):
+            return 30
+
+        def __getitem__(self, number):
+            asked.append(number)
+            return np.zeros((3, 3))
+
+    plot_nearest(loss_func, torch.randn(30, 8), torch.arange(30) % 3, Lazy(), count=1, classes=[1])
+    assert len(asked) == 4
+    assert all(number % 3 == 1 for number in asked)
+
+
 # plot_usage
 
 
@@ -385,8 +556,8 @@ BROKEN[1:3] = float("nan")
 CALLS = {
     "another loss": ({"loss_func": torch.nn.Linear(2, 2)}, TypeError, "loss_func must be a MultiProxyEntropyLoss, got "
         "Linear: plot_class draws the proxies of any loss"),
-    "embeddings as a list": ({"embeddings": [[0.0] * 8]}, TypeError, "embeddings must be a torch.Tensor of shape "
-        "(batch_size, 8), got list"),
+    "embeddings as a list": ({"embeddings": [[0.0] * 8]}, TypeError, "embeddings must be a torch.Tensor or a "
+        "NumPy array, got list"),
     "embeddings of another size": ({"embeddings": x[:, :5]}, ValueError, "embeddings must be of shape (batch_size, 8), "
         "got (4, 5)"),
     "another device": ({"embeddings": x.to("meta")}, ValueError, "embeddings must be on the device of the proxies, "
@@ -399,7 +570,8 @@ CALLS = {
         "from 1 to 3"),
     "no samples": ({"embeddings": x[:0], "labels": y[:0]}, ValueError, "classes must name at least one, got none (by "
         "default, those that occur in labels)"),
-    "colors as a list": ({"colors": [0, 1, 2, 0]}, TypeError, "colors must be a torch.Tensor of shape (4,), got list"),
+    "colors as a list": ({"colors": [0, 1, 2, 0]}, TypeError, "colors must be a torch.Tensor or a NumPy array, got "
+        "list"),
     "colors of floats": ({"colors": y.float()}, TypeError, "colors must be of an integer dtype, got torch.float32"),
     "colors of bools": ({"colors": y.bool()}, TypeError, "colors must be of an integer dtype, got torch.bool"),
     "too few colors": ({"colors": y[:3]}, ValueError, "colors must be of shape (4,), one for each embedding, got (3,)"),
@@ -413,9 +585,45 @@ CALLS = {
         "from 0 to 3"),
     "a negative class": ({"classes": [-1]}, ValueError, "classes must lie in [0, 2] (num_classes is 3), got values "
         "from -1 to -1"),
+    "embeddings of words": ({"embeddings": np.full((4, 8), "a")}, TypeError, "embeddings must hold numbers, got an "
+        "array of <U1"),
+    "labels of NumPy's floats": ({"labels": y.numpy() / 2}, TypeError, "labels must be of an integer dtype, got "
+        "torch.float64"),
+    "a name of each class as one word": ({"class_names": "cat"}, TypeError, "class_names must be a sequence of strings "
+        "or a dict of them by number, got 'cat'"),
+    "too few names of classes": ({"class_names": ["a"], "classes": [2, 0]}, ValueError, "class_names must have a name "
+        "for each number that is drawn, got none for [2]"),
+    "names of other colors": ({"colors": y, "color_names": {5: "five"}}, ValueError, "color_names must have a name for "
+        "each number that is drawn, got none for [0, 1, 2]"),
     "axes of another kind": ({"axes": ["left", "right", "middle"]}, TypeError, "axes must be matplotlib Axes, got str"),
     "no axes": ({"axes": []}, ValueError, "axes must be 3, one for each panel, got 0"),
 }  # fmt: skip
+
+
+IMAGES = torch.rand(4, 5, 5)
+NEAREST_CALLS = {
+    "no images": ({"images": None}, TypeError, "images must be an array, a tensor or a sequence of images, got "
+        "NoneType"),
+    "too few images": ({"images": IMAGES[:3]}, ValueError, "images must be 4, one for each embedding, got 3"),
+    "a batch of videos": ({"images": IMAGES.view(4, 1, 1, 5, 5)}, ValueError, "images[0] must be of shape (H, W), (H, "
+        "W, channels) or (channels, H, W) with 1, 3 or 4 channels, got (1, 1, 5, 5)"),
+    "two channels": ({"images": IMAGES.new_zeros(4, 2, 5, 5)}, ValueError, "with 1, 3 or 4 channels, got (2, 5, 5)"),
+    "flat images": ({"images": x}, ValueError, "with 1, 3 or 4 channels, got (8,)"),
+    "images that are not finite": ({"images": IMAGES / 0}, ValueError, "images[0] must hold finite numbers, got "
+        "float64"),
+    "words": ({"images": np.full((4, 5, 5), "a")}, ValueError, "images[0] must hold finite numbers, got <U1"),
+    "a count of none": ({"count": 0}, ValueError, "count must be an int of at least 1, got 0"),
+    "axes of another kind": ({"ax": "left"}, TypeError, "ax must be matplotlib Axes, got str"),
+    **{case: CALLS[case] for case in CALLS if "color" not in case and "axes" not in case and "no sam" not in case},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", NEAREST_CALLS)
+def test_wrong_arguments_of_plot_nearest(case, loss_func):
+    arguments, error, message = NEAREST_CALLS[case]
+    with pytest.raises(error, match=re.escape(message)):
+        plot_nearest(**{"loss_func": loss_func, "embeddings": x, "labels": y, "images": IMAGES, **arguments})
+    assert plt.get_fignums() == []
 
 
 @pytest.mark.parametrize("case", CALLS)
@@ -442,8 +650,8 @@ def test_proxies_that_are_not_finite(loss_func):
 
 
 CLASS_CALLS = {
-    "proxies as a list": ({"proxies": [[0.0] * 8]}, TypeError, "proxies must be a torch.Tensor of shape (N, D), got "
-        "list"),
+    "proxies as a list": ({"proxies": [[0.0] * 8]}, TypeError, "proxies must be a torch.Tensor or a NumPy array, "
+        "got list"),
     "proxies of all classes": ({"proxies": x[None]}, ValueError, "proxies must be of shape (N, D), got (1, 4, 8)"),
     "proxies without a dimension": ({"proxies": x[:, :0]}, ValueError, "proxies must be of shape (N, D), got (4, 0)"),
     "no proxies": ({"proxies": x[:0]}, ValueError, "proxies must hold at least one row, got none"),
@@ -458,6 +666,8 @@ CLASS_CALLS = {
         "(3,)"),
     "a proxy that is not there": ({"nearest": y * 2}, ValueError, "nearest must lie in [0, 3] (the number of proxies "
         "is 4), got values from 0 to 4"),
+    "proxies of None": ({"proxies": None}, TypeError, "proxies must be a torch.Tensor or a NumPy array of shape (N, "
+        "D), got None"),
     "axes of another kind": ({"ax": "left"}, TypeError, "ax must be matplotlib Axes, got str"),
 }  # fmt: skip
 

@@ -101,18 +101,19 @@ def class_terms(others: Sums, target_pooled: Tensor, scale: float, margin: float
 
 
 class LogitGradient(NamedTuple):
-    """What the gradient of the class similarities is made of; each ``(B,)``."""
+    """What the gradient of the class similarities is made of; tensors ``(B,)``."""
 
     maximum: Tensor
     constant: Tensor
     slope: Tensor
     at_target: Tensor
+    weight: float
 
-    def of_pooled(self, pooled: Tensor, target: Target, scale: float) -> Tensor:
-        """``(c, B)``, new memory."""
-        logits = ((scale / NATS) * pooled).sub_(self.maximum)
+    def of_pooled_(self, pooled: Tensor, target: Target, scale: float) -> Tensor:
+        """``(c, B)``; overwrites ``pooled``."""
+        logits = pooled.mul_(scale / NATS).sub_(self.maximum)
         gradient = logits.exp2()
-        gradient.mul_(torch.addcmul(self.constant, logits, self.slope, value=-1))
+        gradient.mul_(torch.addcmul(self.constant, logits, self.slope, value=-self.weight))
         target.put_(gradient, self.at_target)
         return gradient
 
@@ -127,9 +128,9 @@ def logit_gradient(terms: ClassTerms, grad_losses: Tensor, scale: float, entropy
     spread = grad_losses * terms.p_others
     push = terms.p_target * (terms.behind + terms.mean)
     at_target = torch.addcmul(missed, spread, push, value=-weight).neg_()
-    # That of the others is 2^(a - M) * (constant - slope * (a - M)).
+    # That of the others is 2^(a - M) * (constant - weight * slope * (a - M)).
     constant = torch.addcmul(missed, spread, terms.mean - push, value=weight).div_(terms.z)
-    return LogitGradient(terms.maximum, constant, spread.mul_(weight).div_(terms.z), at_target)
+    return LogitGradient(terms.maximum, constant, spread.div_(terms.z), at_target, weight)
 
 
 def _softplus(x: Tensor) -> Tensor:

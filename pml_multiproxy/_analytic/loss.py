@@ -1,7 +1,8 @@
 """The loss of each sample with its analytic gradient."""
 
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from itertools import islice
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +17,8 @@ from .class_softmax import ClassTerms, Sums, add_classes, class_terms, logit_gra
 from .poolings import POOLINGS, Derivative
 from .similarities import Similarity
 
+T = TypeVar("T", within_class.Assignment, within_class.Balance, ClassTerms)
+
 
 class Result(NamedTuple):
     losses: Tensor
@@ -26,9 +29,10 @@ class Result(NamedTuple):
     """``(B, K)``, to the proxies of the target class; of no meaning where another process holds that."""
 
 
-class _Kept(NamedTuple):
-    """Of a chunk, for backward."""
+class _Computed(NamedTuple):
+    """What backward takes of a chunk, and overwrites."""
 
+    chunk: Chunk
     pooled: Tensor
     derivative: Derivative
 
@@ -40,7 +44,7 @@ class _Scan(NamedTuple):
     target_similarities: Tensor
     """To the proxies of the target class, ``(K, B)``."""
     target_pooled: Tensor
-    kept: list[_Kept]
+    kept: list[_Computed]
 
 
 class _Context(NamedTuple):
@@ -50,8 +54,6 @@ class _Context(NamedTuple):
     plan: Plan
     layout: Layout
     similarity: Similarity
-    sizes: tuple[int, ...]
-    """How many of the saved tensors belong to each part."""
 
 
 def losses_and_terms(
@@ -65,7 +67,7 @@ def losses_and_terms(
     layout: Layout,
     training: bool,
 ) -> Result:
-    """One step, from similarities to losses. In training, it moves the usage, in place.
+    """One step, from similarities to losses. In training, it updates the usage, in place.
 
     Args:
         embeddings: ``(B, D)``, those of ``similarity``.
@@ -76,10 +78,10 @@ def losses_and_terms(
         plan: how many classes at a time.
         hyper: what is constant over calls.
         layout: where the other classes are.
-        training: whether to move the usage.
+        training: whether to update the usage.
     """
     wants_gradient = torch.is_grad_enabled() and any(
-        tensor.requires_grad for tensor in (embeddings, proxies, *similarity.saved)
+        tensor.requires_grad for tensor in (embeddings, proxies, *similarity.parameters)
     )
     with torch.no_grad(), _autocast.without(embeddings.device.type):
         scan = _scan(similarity, proxies, positions, plan, hyper, keep=plan.keep and wants_gradient)
@@ -94,13 +96,10 @@ def losses_and_terms(
         terms = functional.Terms(classes.classification, partial.intra, classes.entropy, partial.balance)
         losses = functional.sample_loss(terms, hyper.weights, hyper.num_classes, hyper.proxies_per_class)
 
-    kept = [tensor for of_chunk in scan.kept for tensor in (of_chunk.pooled, *of_chunk.derivative)]
-    parts = (similarity.saved, assignment, balance, classes, kept)
-    context = _Context(hyper, plan, layout, similarity, tuple(map(len, parts)))
-    rest = [tensor for part in parts[1:] for tensor in part]
-    # Within a tuple, the losses are no input of the function but what it returns.
+    context = _Context(hyper, plan, layout, similarity)
+    computed = losses, (positions, *assignment, *balance, *classes, *similarity.saved), scan.kept
     losses = _Gradient.apply(  # type: ignore[no-untyped-call]
-        context, (losses,), rest, embeddings, proxies, positions, *similarity.saved
+        context, computed, embeddings, proxies, *similarity.parameters
     )
     return Result(losses, terms, assignment.q.T)
 
@@ -119,7 +118,7 @@ def _scan(
         target_pooled = chunk.target.gather(pooling.pooled, target_pooled)
         others = add_classes(others, pooling.pooled, chunk.target, hyper.scale)
         if keep:
-            kept.append(_Kept(pooling.pooled, pooling.derivative(compact=several)))
+            kept.append(_Computed(chunk, pooling.pooled, pooling.derivative(compact=several)))
     return _Scan(others or sums_of_none(target_pooled), target_similarities, target_pooled, kept)
 
 
@@ -130,67 +129,57 @@ class _Gradient(torch.autograd.Function):
     def forward(
         ctx: Any,
         context: _Context,
-        losses: tuple[Tensor],
-        rest: list[Tensor],
+        computed: tuple[Tensor, tuple[Tensor, ...], list[_Computed]],
         embeddings: Tensor,
         proxies: Tensor,
-        positions: Tensor,
-        *of_similarity: Tensor,
+        *parameters: Tensor,
     ) -> Tensor:
-        ctx.save_for_backward(embeddings, proxies, positions, *of_similarity, *rest)
-        ctx.context = context
-        return losses[0]
+        losses, tensors, kept = computed  # tensors in a tuple are no inputs, which get a gradient
+        ctx.save_for_backward(embeddings, proxies, *tensors)
+        ctx.context, ctx.kept = context, kept
+        return losses
 
     @staticmethod
     def backward(ctx: Any, grad_losses: Tensor) -> Any:
         _refuse_other_kinds_of_gradient(grad_losses)
         embeddings, proxies, positions, *saved = ctx.saved_tensors
         context: _Context = ctx.context
-        of_similarity, assignment, balance, classes, kept = _split(saved, context.sizes)
-        hyper, similarity = context.hyper, context.similarity.restored(embeddings, of_similarity)
+        rest = iter(saved)
+        assignment, balance = _next(within_class.Assignment, rest), _next(within_class.Balance, rest)
+        classes = _next(ClassTerms, rest)
+        hyper, similarity = context.hyper, context.similarity.restored(embeddings, tuple(rest))
+        # What forward kept is used up. Should there be another backward pass, it computes that once more.
+        kept, ctx.kept = ctx.kept, []
         with _autocast.without(embeddings.device.type):
-            logits = logit_gradient(ClassTerms(*classes), grad_losses, hyper.scale, -hyper.weights.inter)
+            logits = logit_gradient(classes, grad_losses, hyper.scale, -hyper.weights.inter)
             grad_at_target = within_class.gradient(
-                within_class.Assignment(*assignment),
-                within_class.Balance(*balance),
-                grad_losses,
-                hyper.weights,
-                hyper.temperature,
-                hyper.views,
+                assignment, balance, grad_losses, hyper.weights, hyper.temperature, hyper.views
             )
             grad_queries = proxies.new_zeros(len(positions), proxies.shape[2])
             grad_proxies = proxies.new_empty(proxies.shape)
-            for chunk, pooled, derivative in _walk(context, similarity, proxies, positions, kept):
-                grad_pooled = logits.of_pooled(pooled, chunk.target, hyper.scale)
-                gradient = derivative.times(grad_pooled)
+            for chunk, pooled, derivative in kept or _computed_again(context, similarity, proxies, positions):
+                grad_pooled = logits.of_pooled_(pooled, chunk.target, hyper.scale)
+                gradient = derivative.times_(grad_pooled)
                 chunk.target.add_(gradient, grad_at_target)
                 rows = grad_proxies.flatten(0, 1)[chunk.rows]
                 similarity.add_gradients(chunk.proxies, chunk.rows, gradient.flatten(0, 1), grad_queries, rows)
             grad_parameters = context.layout.reduce_gradients(similarity.grad_parameters())
             grad_embeddings = similarity.grad_embeddings(grad_queries).to(embeddings.dtype)
-        none_for_rest = [None] * (len(of_similarity) - len(grad_parameters))
-        return None, None, None, grad_embeddings, grad_proxies, None, *grad_parameters, *none_for_rest
+        return None, None, grad_embeddings, grad_proxies, *grad_parameters
 
 
-def _walk(
-    context: _Context, similarity: Similarity, proxies: Tensor, positions: Tensor, kept: Sequence[Tensor]
-) -> Iterator[tuple[Chunk, Tensor, Derivative]]:
-    """The chunks, with what forward kept of each, or computed once more."""
+def _computed_again(
+    context: _Context, similarity: Similarity, proxies: Tensor, positions: Tensor
+) -> Iterator[_Computed]:
     hyper, plan = context.hyper, context.plan
-    for i, chunk in enumerate(chunks(proxies, positions, hyper.num_classes, plan.classes_per_chunk)):
-        if kept:
-            pooled, by_proxy, by_class = kept[3 * i : 3 * i + 3]
-            yield chunk, pooled, Derivative(by_proxy, by_class)
-        else:
-            pooling = POOLINGS[hyper.pooling](chunk.similarities(similarity), hyper.scale, hyper.temperature)
-            yield chunk, pooling.pooled, pooling.derivative(compact=False)
+    for chunk in chunks(proxies, positions, hyper.num_classes, plan.classes_per_chunk):
+        pooling = POOLINGS[hyper.pooling](chunk.similarities(similarity), hyper.scale, hyper.temperature)
+        yield _Computed(chunk, pooling.pooled, pooling.derivative(compact=False))
 
 
-def _split(tensors: Sequence[Tensor], sizes: Sequence[int]) -> Iterator[Sequence[Tensor]]:
-    start = 0
-    for size in sizes:
-        yield tensors[start : start + size]
-        start += size
+def _next(kind: type[T], tensors: Iterator[Tensor]) -> T:
+    """The next of these tensors, as fields."""
+    return kind(*islice(tensors, len(kind._fields)))
 
 
 def _refuse_other_kinds_of_gradient(grad_losses: Tensor) -> None:

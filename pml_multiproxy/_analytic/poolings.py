@@ -12,16 +12,17 @@ from torch import Tensor
 
 
 class Derivative(NamedTuple):
-    """Of the class similarities by the similarities: the product of the two."""
+    """Of the class similarities by the similarities: the quotient of the two."""
 
     by_proxy: Tensor
     """``(c, K, B)``; where they are all 0 or 1, they may be ``int8``, which takes a quarter of the memory."""
-    by_class: Tensor
+    divisor: Tensor
     """``(c, B)``."""
 
-    def times(self, grad_pooled: Tensor) -> Tensor:
-        """The gradient of the similarities, ``(c, K, B)``, new memory; overwrites ``grad_pooled``."""
-        return self.by_proxy * grad_pooled.mul_(self.by_class).unsqueeze(1)
+    def times_(self, grad_pooled: Tensor) -> Tensor:
+        """The gradient of the similarities, ``(c, K, B)``; overwrites ``by_proxy`` and ``grad_pooled``."""
+        by_proxy = self.by_proxy.to(grad_pooled.dtype)
+        return by_proxy.mul_(grad_pooled.div_(self.divisor).unsqueeze(1))
 
 
 class Pooling(Protocol):
@@ -42,8 +43,7 @@ class Max:
 
     def derivative(self, compact: bool) -> Derivative:
         nearest = self.similarities.eq_(self.pooled.unsqueeze(1))
-        share = nearest.sum(dim=1).reciprocal_()
-        return Derivative(nearest.to(torch.int8) if compact else nearest, share)
+        return Derivative(nearest.to(torch.int8) if compact else nearest, nearest.sum(dim=1))
 
 
 class Softmax:
@@ -59,7 +59,7 @@ class Softmax:
     def derivative(self, compact: bool) -> Derivative:
         # softmax * (1 + (similarity - mean) / temperature)
         by_proxy = self.relative.sub_((self.mean - self.temperature).unsqueeze(1)).mul_(self.powers)
-        return Derivative(by_proxy, self.total.mul_(self.temperature).reciprocal_())
+        return Derivative(by_proxy, self.total.mul_(self.temperature))
 
 
 class LogSumExp:
@@ -70,7 +70,7 @@ class LogSumExp:
         self.pooled = largest.add_(self.total.log(), alpha=1 / scale)
 
     def derivative(self, compact: bool) -> Derivative:
-        return Derivative(self.powers, self.total.reciprocal_())
+        return Derivative(self.powers, self.total)
 
 
 POOLINGS: dict[str, type[Pooling]] = {"max": Max, "softmax": Softmax, "logsumexp": LogSumExp}

@@ -1,1 +1,1 @@
-"""Proxies spread over the processes of a group: what these tell each other, and checkpoints of such a loss."""
+"""Proxies spread over the processes of a group: what these tell each other in a step."""

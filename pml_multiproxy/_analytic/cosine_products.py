@@ -1,0 +1,109 @@
+"""Cosine similarities as matrix products, with the gradient written out."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .. import _autocast, functional
+
+EPS = 1e-12
+"""The shortest length that a proxy is divided by, that of :func:`torch.nn.functional.normalize`."""
+
+
+def prepare(embeddings: Tensor, proxies: Tensor) -> tuple["CosineProducts", Tensor]:
+    """As :func:`similarities.prepare`."""
+    lengths = torch.linalg.vector_norm(proxies.detach(), dim=-1)
+    # Elsewhere than on a CPU, looking would be a device synchronisation.
+    if lengths.device.type == "cpu" and not float(lengths.sum()) < math.inf:
+        # Squares overflow. Dividing a proxy first changes its length only.
+        proxies = proxies / proxies.detach().abs().amax(dim=-1, keepdim=True).clamp_min(1)
+        lengths = torch.linalg.vector_norm(proxies.detach(), dim=-1)
+    embeddings, lengths = embeddings.detach(), lengths.view(-1, 1)
+    queries, inverse = functional.normalize(embeddings, proxies.dtype), lengths.clamp_min(EPS).reciprocal_()
+    rounded = _autocast.current(embeddings.device.type).dtype
+    if rounded is not None and proxies.dtype == torch.float32:  # autocast leaves float64 alone
+        return RoundedCosineProducts(embeddings, queries, lengths, inverse, rounded), proxies
+    return CosineProducts(embeddings, queries, lengths, inverse), proxies
+
+
+class CosineProducts:
+    """Cosine similarities, without normalized proxies in memory.
+
+    The rows of the product are scaled by the inverse lengths of the proxies. From the gradient of a vector, the part
+    along the vector is taken away, which changes its length only.
+    """
+
+    def __init__(self, embeddings: Tensor, queries: Tensor, lengths: Tensor, inverse: Tensor) -> None:
+        """``queries``: the embeddings at unit length; ``lengths`` of all proxies, ``(C * K, 1)``, and 1 over them."""
+        self.embeddings, self.queries, self.lengths, self.inverse = embeddings, queries, lengths, inverse
+        self.parameters: tuple[Tensor, ...] = ()
+        self.saved: tuple[Tensor, ...] = (queries, lengths, inverse)
+        self.scratch: Tensor | None = None
+
+    def __call__(self, proxies: Tensor, rows: slice) -> Tensor:
+        return torch.mm(proxies, self.queries.T).mul_(self.inverse[rows])
+
+    def restored(self, embeddings: Tensor, saved: Sequence[Tensor]) -> "CosineProducts":
+        return CosineProducts(embeddings, *saved)
+
+    def add_gradients(
+        self, proxies: Tensor, rows: slice, gradient: Tensor, grad_queries: Tensor, grad_proxies: Tensor
+    ) -> None:
+        gradient.mul_(self.inverse[rows])
+        grad_queries.addmm_(gradient.T, proxies)
+        torch.mm(gradient, self.queries, out=grad_proxies)
+        if self.scratch is None:
+            self.scratch = torch.empty_like(proxies)
+        along = torch.mul(grad_proxies, proxies, out=self.scratch[: len(proxies)]).sum(dim=1, keepdim=True)
+        grad_proxies.addcmul_(proxies, along.mul_(self._projection(rows)), value=-1)
+
+    def grad_embeddings(self, grad_queries: Tensor) -> Tensor:
+        shortest = functional.shortest(self.embeddings.dtype)
+        length = (self.embeddings * self.queries).sum(dim=1, keepdim=True)
+        along = (grad_queries * self.queries).sum(dim=1, keepdim=True).div_(_or_infinite(length, shortest))
+        return grad_queries.div_(length.clamp_min(shortest)).addcmul_(self.queries, along, value=-1)
+
+    def grad_parameters(self) -> list[Tensor]:
+        return []
+
+    def _projection(self, rows: slice) -> Tensor:
+        return _or_infinite(self.lengths[rows], EPS).reciprocal_().square_()
+
+
+class RoundedCosineProducts(CosineProducts):
+    """The products in a dtype of less precision, as autocast has them; everything between them is as precise as before.
+
+    Proxies are normalized before they are rounded, since some of these dtypes hold no long ones.
+    """
+
+    def __init__(
+        self, embeddings: Tensor, queries: Tensor, lengths: Tensor, inverse: Tensor, dtype: torch.dtype
+    ) -> None:
+        super().__init__(embeddings, queries, lengths, inverse)
+        self.rounded = queries.to(dtype)
+
+    def __call__(self, proxies: Tensor, rows: slice) -> Tensor:
+        directions = (proxies * self.inverse[rows]).to(self.rounded.dtype)
+        return torch.mm(directions, self.rounded.T).to(proxies.dtype)
+
+    def restored(self, embeddings: Tensor, saved: Sequence[Tensor]) -> "RoundedCosineProducts":
+        queries, lengths, inverse = saved
+        return RoundedCosineProducts(embeddings, queries, lengths, inverse, self.rounded.dtype)
+
+    def add_gradients(
+        self, proxies: Tensor, rows: slice, gradient: Tensor, grad_queries: Tensor, grad_proxies: Tensor
+    ) -> None:
+        directions = proxies * self.inverse[rows]
+        gradient = gradient.to(self.rounded.dtype)
+        grad_queries.add_(torch.mm(gradient.T, directions.to(gradient.dtype)))
+        grad_proxies.copy_(torch.mm(gradient, self.rounded)).mul_(self.inverse[rows])
+        along = (grad_proxies * proxies).sum(dim=1, keepdim=True)
+        grad_proxies.addcmul_(proxies, along.mul_(self._projection(rows)), value=-1)
+
+
+def _or_infinite(lengths: Tensor, shortest: float) -> Tensor:
+    """Instead of lengths up to the shortest: those vectors were divided by a constant, so that their length counts."""
+    return F.threshold(lengths, shortest, math.inf)

@@ -1,0 +1,97 @@
+"""The notebooks run, show what their text says, and are committed as they came out of one run."""
+
+import json
+import re
+import warnings
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+NOTEBOOKS = sorted((ROOT / "examples" / "notebooks").glob("*.ipynb"))
+
+
+def cells(notebook, kind):
+    return [cell for cell in notebook["cells"] if cell["cell_type"] == kind]
+
+
+def outputs(notebook):
+    return [output for cell in cells(notebook, "code") for output in cell["outputs"]]
+
+
+def shown(notebook):
+    """What the notebook printed, and its tables."""
+    texts = [output.get("text") or output.get("data", {}).get("text/markdown", "") for output in outputs(notebook)]
+    return "\n".join("".join(text) for text in texts)
+
+
+def figures(pattern, text):
+    """The numbers in the only line that fits."""
+    (line,) = re.findall(pattern + r".*", text)
+    return [float(number) for number in re.findall(r"\d+\.\d+", line)]
+
+
+def check_coarse_to_fine(text):
+    (theirs,), (ours,) = figures("SoftTripleLoss: MAP", text), figures("MultiProxyEntropyLoss: MAP", text)
+    assert 40 < theirs < 58
+    assert 70 < ours < 92
+
+
+def check_proxies(text):
+    two, five, ten, thirty = (figures(rf"\| {k} \|(?=.* and )", text)[0] for k in (2, 5, 10, 30))
+    assert two < 0.5 < min(five, ten, thirty)  # too few proxies cost the most
+    (of_chosen,), (best,) = figures("chosen by agreement", text), figures("best of the four", text)
+    assert best > 72
+    assert of_chosen > 0.85 * best
+
+
+def check_text_features(text):
+    (features,) = figures(r"\| features", text)
+    theirs, one_view, two_views = (
+        figures(rf"\| {name} \|", text)
+        for name in ("SoftTripleLoss", "MultiProxyEntropyLoss", "MultiProxyEntropyLoss, views=2")
+    )
+    assert len(theirs) == len(one_view) == len(two_views) == 3
+    assert features < min(theirs) < 1.2 * min(one_view) < min(two_views)
+    assert min(two_views) > 75
+
+
+CHECKS = {"coarse_to_fine": check_coarse_to_fine, "proxies": check_proxies, "text_features": check_text_features}
+
+
+def test_each_has_a_check():
+    assert [path.stem for path in NOTEBOOKS] == sorted(CHECKS)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_committed_outputs(path):
+    notebook = json.loads(path.read_text())
+    CHECKS[path.stem](shown(notebook))
+    assert [cell["execution_count"] for cell in cells(notebook, "code")] == [
+        *range(1, len(cells(notebook, "code")) + 1)
+    ], "not of one run from top to bottom"
+    assert {output["output_type"] for output in outputs(notebook)} <= {"stream", "display_data", "execute_result"}
+    assert "stderr" not in {output.get("name") for output in outputs(notebook)}
+    assert not re.search(r"/(home|work|tmp|root|usr|Users)/|site-packages", shown(notebook)), "a path of one machine"
+    assert path.stat().st_size < 300_000
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_what_it_refers_to_exists(path):
+    text = "".join("".join(cell["source"]) for cell in cells(json.loads(path.read_text()), "markdown"))
+    for target in re.findall(r"pml-multiproxy/blob/main/([^)#\s]+)", text):
+        assert (ROOT / target).exists(), target
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_runs(path):
+    import nbformat
+    from nbclient import NotebookClient
+
+    notebook = nbformat.read(path, as_version=4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")  # of Jupyter's own packages
+        NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(path.parent)}}).execute()
+    assert not [output for output in outputs(notebook) if output.get("name") == "stderr"]
+    CHECKS[path.stem](shown(notebook))

@@ -54,6 +54,8 @@ def main(argv=None):
     parser.add_argument("--out", type=Path, default="runs/look_at_proxies", metavar="DIR", help="default: %(default)s")
     parser.add_argument("--epochs", type=int, default=15, metavar="N", help="default: %(default)s")
     args = parser.parse_args(argv)
+    if args.epochs < 1:
+        parser.error(f"--epochs must be at least 1, got {args.epochs}")
 
     torch.manual_seed(0)
     network, loss_func = train(args.epochs)

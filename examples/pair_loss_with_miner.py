@@ -50,6 +50,8 @@ def main(argv=None):
     parser.add_argument("--epochs", type=int, default=15, metavar="N", help="default: %(default)s")
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="how many; default: %(default)s")
     args = parser.parse_args(argv)
+    if args.epochs < 1 or args.seeds < 1:
+        parser.error(f"--epochs and --seeds must be at least 1, got {args.epochs} and {args.seeds}")
     configurations = {
         "MultiSimilarityLoss": pair_loss_alone,
         "MultiProxyEntropyLoss": proxy_loss_alone,

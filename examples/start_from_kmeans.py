@@ -36,6 +36,8 @@ def main(argv=None):
     parser.add_argument("--epochs", type=int, default=15, metavar="N", help="default: %(default)s")
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="how many; default: %(default)s")
     args = parser.parse_args(argv)
+    if args.epochs < 1 or args.seeds < 1:
+        parser.error(f"--epochs and --seeds must be at least 1, got {args.epochs} and {args.seeds}")
     starts = ("random", "k-means")
     with tqdm(total=len(starts) * args.seeds * args.epochs, unit="epoch", disable=False) as bar:
         histories = {

@@ -90,7 +90,7 @@ class ProxyLossModule(WeightRegularizerMixin, BaseMetricLossFunction):  # type: 
         self.classes_per_chunk = classes_per_chunk
         if classes_per_chunk is not None:
             self.classes_per_chunk = check.positive_int("classes_per_chunk", classes_per_chunk)
-        self._untrained = UntrainedProxies()
+        self._untrained, self._has_seen_views = UntrainedProxies(), False
         self.add_to_recordable_attributes(list_of_names=SETTINGS, is_stat=False)
         self.add_to_recordable_attributes(list_of_names=list(Statistics._fields), is_stat=True)
 
@@ -254,7 +254,7 @@ class ProxyLossModule(WeightRegularizerMixin, BaseMetricLossFunction):  # type: 
         >>> MultiProxyEntropyLoss(num_classes=4, embedding_size=8, scale=20).settings()["scale"]
         20.0
         """
-        return {name: getattr(self, name) for name in [*SETTINGS, "classes_per_chunk"]}
+        return {name: saving.plain(getattr(self, name)) for name in [*SETTINGS, "classes_per_chunk"]}
 
     def extra_repr(self) -> str:
         """The settings, which ``print`` shows."""
@@ -267,14 +267,24 @@ class ProxyLossModule(WeightRegularizerMixin, BaseMetricLossFunction):  # type: 
         check.references(embeddings, labels, ref_emb, ref_labels, self.views)
         check.embeddings(embeddings, self.proxies)
         checked = check.labels(labels, len(embeddings), self.num_classes)
-        check.indices_tuple(indices_tuple, len(embeddings))
-        check.views(checked, self.views)
+        mined = check.indices_tuple(indices_tuple, len(embeddings))
+        self._check_views(checked)
         if self._is_training():
             check.training_call()
         dtype = functional.compute_dtype(embeddings, self.proxies)
         return self._layout.gather(
-            embeddings, checked.to(embeddings.device), indices_tuple, self.views, dtype, self._is_training()
+            embeddings, checked.to(embeddings.device), mined, self.views, dtype, self._is_training()
         )
+
+    def _check_views(self, labels: Tensor) -> None:
+        check.views(labels, self.views)
+        if self.views == 1 or torch.compiler.is_compiling() or labels.is_meta:
+            return
+        # Who forgets to stack views does so from the first batch on. A look at every batch is for the CPU alone, since
+        # elsewhere it is a device synchronisation.
+        if labels.device.type == "cpu" or not self._has_seen_views:
+            check.labels_of_views(labels, self.views)
+        self._has_seen_views = True
 
     def _loss_dict(self, batch: Batch) -> dict[str, dict[str, Any]]:
         embeddings, labels, weights = batch
@@ -362,9 +372,7 @@ class ProxyLossModule(WeightRegularizerMixin, BaseMetricLossFunction):  # type: 
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any
     ) -> None:
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
-        # How many classes are computed at a time does not change what is computed.
-        settings = {name: value for name, value in self.settings().items() if name != "classes_per_chunk"}
-        saving.warn_of_other_settings(local_metadata.get("settings", {}), settings)
+        saving.warn_of_other_settings(local_metadata.get("settings", {}), self.settings())
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ProxyLossModule":
         """Keeps the usage in float32 through ``half()`` and the like: its momentum would be lost in rounding."""

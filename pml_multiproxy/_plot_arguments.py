@@ -91,6 +91,11 @@ def check_images(value: object, count: int) -> None:
 
 def image(number: int, value: object) -> Array:
     """As ``(H, W)`` or ``(H, W, 1, 3 or 4)``, in [0, 1]."""
+    if isinstance(value, (tuple, dict)):  # which a dataset gives
+        kind = type(value).__name__
+        raise TypeError(
+            f"images[{number}] must be an array or a tensor, got {kind}: of (image, label), give the image alone"
+        )
     array = value.detach().cpu().double().numpy() if isinstance(value, Tensor) else np.asarray(value)
     if array.ndim == 3 and array.shape[0] in (1, 3, 4) and array.shape[2] not in (1, 3, 4):
         array = np.moveaxis(array, 0, 2)

@@ -31,11 +31,12 @@ class UntrainedProxies:
         self.calls += 1
         # Optimizers that go past the version, by ``param.data``, show in the values: a device synchronisation, but one
         # that trained proxies seldom come to.
-        if self.calls == PATIENCE and self.first.equal(proxies.detach()[0, 0]):
+        if self.calls == PATIENCE and self.first.to(proxies).equal(proxies.detach()[0, 0]):
             self.warned = True
             warnings.warn(
                 f"the proxies have had gradients in {PATIENCE} training calls, but never changed: they seem to be in "
                 "no optimizer. Give loss_func.parameters() to one, in PML's trainers as metric_loss_optimizer; or "
-                "freeze them with loss_func.proxies.requires_grad_(False)",
+                "freeze them with loss_func.proxies.requires_grad_(False). If you accumulate gradients over more calls "
+                "than that, ignore this",
                 stacklevel=4,
             )

@@ -43,7 +43,7 @@ def one_of(name: str, value: object, allowed: Iterable[str]) -> str:
     names = list(allowed)
     if not isinstance(value, str) or value not in names:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, names))}, got {value!r}")
-    return value
+    return names[names.index(value)]  # not the value, which may be of a subclass, an Enum
 
 
 def path(name: str, value: object) -> None:
@@ -118,9 +118,10 @@ def labels(value: object, batch_size: int, num_classes: int, name: str = "labels
     return checked
 
 
-def indices_tuple(value: object, batch_size: int) -> None:
+def indices_tuple(value: object, batch_size: int) -> tuple[Tensor, ...] | None:
+    """The indices, as ``torch.long``."""
     if value is None:
-        return
+        return None
     if not isinstance(value, (tuple, list)) or not all(isinstance(indices, Tensor) for indices in value):
         kinds = [type(item).__name__ for item in value] if isinstance(value, (tuple, list)) else type(value).__name__
         raise TypeError(f"indices_tuple must be None or a tuple of 2 to 4 tensors, as PML's miners return, got {kinds}")
@@ -134,14 +135,17 @@ def indices_tuple(value: object, batch_size: int) -> None:
         if len(indices) and not _is_integer(indices):
             raise TypeError(f"{name} must be of an integer dtype, got {indices.dtype}")
         in_range(name, indices, batch_size, "the batch size")
+    return tuple(indices.long() for indices in value)
 
 
 def views(labels: Tensor, count: int) -> None:
-    """Whether a batch consists of as many blocks of equal labels; the labels are looked at on the CPU only."""
+    """Whether a batch can consist of as many blocks."""
     if len(labels) % count:
         raise ValueError(f"the batch must be views = {count} blocks of equal length, got {len(labels)} embeddings")
-    if count == 1 or torch.compiler.is_compiling() or labels.device.type != "cpu":
-        return
+
+
+def labels_of_views(labels: Tensor, count: int) -> None:
+    """Whether a batch consists of as many blocks of equal labels: a device synchronisation."""
     blocks = labels.reshape(count, -1)
     if not blocks.equal(blocks[:1].expand_as(blocks)):
         raise ValueError(

@@ -160,7 +160,9 @@ class ShardedMultiProxyEntropyLoss(ProxyLossModule):
         for name in ("distance", "reducer", "embedding_regularizer"):
             facts[name] = describe(getattr(self, name))
         facts["parameters of the distance"] = [float(p.detach().double().sum()) for p in self.distance.parameters()]
-        return {**facts, "collect_stats": self.collect_stats, "default dtype": torch.get_default_dtype()}
+        for name in ("embedding_reg_weight", "collect_stats"):
+            facts[name] = getattr(self, name)
+        return {**facts, "default dtype": torch.get_default_dtype()}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ShardedMultiProxyEntropyLoss":
         super()._apply(fn, recurse)

@@ -153,4 +153,5 @@ def _checked(loss_func: object, embeddings: Tensor, labels: Tensor) -> Tensor:
         raise TypeError(f"loss_func must be a MultiProxyEntropyLoss, got {type(loss_func).__name__}")
     check.embeddings(embeddings, loss_func.proxies)
     check.finite("embeddings", embeddings)
+    check.finite("proxies", loss_func.proxies)
     return check.labels(labels, len(embeddings), loss_func.num_classes).to(embeddings.device)

@@ -134,9 +134,10 @@ class MultiProxyEntropyLoss(ProxyLossModule):
 
     Raises:
         TypeError, ValueError: for an argument of the wrong kind, shape, dtype, device or range. Labels and indices on a
-            GPU are not checked for their range, which would be a device synchronisation. For ``reseed_below`` together
-            with ``usage_group``, since the random choices would differ between the processes. For pickling a loss that
-            has a process group as its ``usage_group``.
+            GPU are not checked for their range, which would be a device synchronisation; whether they are the same in
+            each view, in the first batch alone. For ``reseed_below`` together with ``usage_group``, since the random
+            choices would differ between the processes. For pickling a loss that has a process group as its
+            ``usage_group``.
         RuntimeError: for a call in training within a backward pass, as ``torch.utils.checkpoint`` around the loss makes
             it, or within a transform of ``torch.func``, since each call in training updates the usage. For
             differentiating the gradient again, except where autograd computes it.
@@ -268,6 +269,7 @@ class MultiProxyEntropyLoss(ProxyLossModule):
         degrees = check.real("threshold", threshold, "a number of degrees from 0 to 180", low=0.0, high=180.0)
         check.embeddings(embeddings, self.proxies)
         check.finite("embeddings", embeddings)
+        check.finite("proxies", self.proxies)
         labels = check.labels(labels, len(embeddings), self.num_classes).to(embeddings.device)
         found, centers = outliers(self.distance, embeddings, labels, self.proxies, degrees)
         return (found, centers) if return_dominant_centers else found
@@ -275,7 +277,8 @@ class MultiProxyEntropyLoss(ProxyLossModule):
     def save(self, path: str | Path) -> None:
         """Writes settings and state into one file, for :meth:`load`.
 
-        The distance, the reducer and the regularizers are described in it, not stored.
+        The weights of the regularizers are settings. The distance, the reducer and the regularizers themselves are
+        described in it, not stored.
 
         Args:
             path: of the file, which is replaced if it is there.

@@ -1,10 +1,12 @@
 """The loss in the interface of sentence-transformers, and a trainer whose checkpoints hold the loss.
 
-Needs sentence-transformers 5 or newer with its training dependencies: ``pip install "sentence-transformers[train]"``.
+Needs sentence-transformers 5 or newer with its training dependencies, ``pip install "sentence-transformers[train]"``,
+and PyTorch 2.6 or newer, without which the library cannot resume.
 """
 
 # This module may be called like the library since a package's own modules are not found by their bare names.
 
+import copy
 from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
@@ -196,7 +198,9 @@ class SentenceTransformerTrainer(LibraryTrainer):
         saved = torch.load(path, map_location="cpu", weights_only=True)
         for name, loss in self._losses():
             of_model, _ = _split(loss, self.model)
-            loss.load_state_dict({**of_model, **saved[name]})  # strict: nothing of the loss may be missing
+            state = copy.copy(saved[name])  # keeps its metadata, which a new dict would not
+            state.update(of_model)
+            loss.load_state_dict(state)  # strict: nothing of the loss may be missing
 
     def _losses(self) -> Iterator[tuple[str, nn.Module]]:
         yield from self.loss.items() if isinstance(self.loss, dict) else [("", self.loss)]
@@ -212,8 +216,10 @@ def _split(loss: nn.Module, model: nn.Module) -> tuple[dict[str, Any], dict[str,
     shared = {id(tensor) for tensor in chain(model.parameters(), model.buffers())}
     state = loss.state_dict(keep_vars=True)
     of_model = {name: value for name, value in state.items() if id(value) in shared}
-    own = {name: value for name, value in state.items() if id(value) not in shared}
-    return of_model, {name: value.detach() if isinstance(value, Tensor) else value for name, value in own.items()}
+    own = loss.state_dict()  # with its metadata, in which the settings are
+    for name in of_model:
+        del own[name]
+    return of_model, own
 
 
 def _embedding_size(model: SentenceTransformer) -> int:

@@ -171,6 +171,16 @@ def test_settings_are_those_that_were_saved(tmp_path):
     assert_equal(resumed.state_dict()["param_groups"], optimizer.state_dict()["param_groups"])
 
 
+def test_other_settings_of_a_loss_are_noticed(tmp_path):
+    module, optimizer = make_training()
+    save_checkpoint(tmp_path, 0, module, optimizer)
+    module["loss_func"].classes_per_chunk = 2
+    assert load_checkpoint(tmp_path, module, optimizer) == 0
+    module["loss_func"].scale = 20.0
+    with pytest.warns(UserWarning, match=r"other settings: scale was 10\.0 and is 20\.0$"):
+        load_checkpoint(tmp_path, module, optimizer)
+
+
 @pytest.mark.parametrize("step", [-1, -(10**12)])
 def test_negative_step(step, tmp_path):
     with pytest.raises(ValueError, match=f"^step must be an int of at least 0, got {step}$"):
@@ -289,7 +299,7 @@ def test_every_flipped_bit_is_noticed(tmp_path):
     train(module, optimizer, range(1))
     expected = everything(module, optimizer)
     files = [path for path in whole.iterdir() if path.name != "checksums.json"]
-    assert len(files) == 2
+    assert len(files) == 3
     generator = np.random.default_rng(0)
     for path in files:
         content = path.read_bytes()
@@ -304,14 +314,14 @@ def test_every_flipped_bit_is_noticed(tmp_path):
     assert load_checkpoint(tmp_path, module, optimizer) == 2
 
 
-@pytest.mark.parametrize("name", [".metadata", "__0_0.distcp", "checksums.json"])
+@pytest.mark.parametrize("name", [".metadata", "__0_0.distcp", "settings.json", "checksums.json"])
 @pytest.mark.parametrize("damage", ["missing", "cut off"])
 def test_damaged_files(name, damage, tmp_path):
     module, optimizer = make_training()
     whole = save_checkpoint(tmp_path, 2, module, optimizer)
     if damage == "cut off":
         os.truncate(whole / name, (whole / name).stat().st_size // 2)
-    elif name == "__0_0.distcp":
+    elif name in ("__0_0.distcp", "settings.json"):
         (whole / name).unlink()
     else:
         return  # then it is no checkpoint, or one without checksums

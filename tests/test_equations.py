@@ -149,6 +149,14 @@ def test_labels_of_any_integer_dtype(dtype):
     assert loss_func(embeddings, labels.to(dtype)).equal(expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32])
+def test_indices_of_any_integer_dtype(dtype):
+    loss_func, _, embeddings, labels = make("cosine", SHAPES[0])
+    mined = torch.tensor([0, 1, 1]), torch.tensor([2, 1, 0]), torch.tensor([1, 2, 2])
+    expected = loss_func.eval()(embeddings, labels, mined)
+    assert loss_func(embeddings, labels, tuple(indices.to(dtype) for indices in mined)).equal(expected)
+
+
 @pytest.mark.parametrize("views", [1, 2])
 @pytest.mark.parametrize("per_chunk", [None, 2])
 @pytest.mark.parametrize("pooling", functional.POOLINGS)

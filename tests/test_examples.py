@@ -37,6 +37,25 @@ def example(monkeypatch):
     return importlib.import_module
 
 
+@pytest.mark.parametrize(
+    ("name", "argument"),
+    [
+        ("coarse_to_fine", "--seeds"),
+        ("pair_loss_with_miner", "--epochs"),
+        ("pair_loss_with_miner", "--seeds"),
+        ("start_from_kmeans", "--epochs"),
+        ("start_from_kmeans", "--seeds"),
+        ("look_at_proxies", "--epochs"),
+    ],
+)
+def test_no_training_is_no_result(name, argument, example, monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        example(name).main([argument, "0"])
+    assert "must be at least 1, got " in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 def check_coarse_to_fine(out, seeds):
     rows = json.loads((out / "metrics.json").read_text())
     assert sorted((row["loss"], row["views"], row["seed"]) for row in rows) == sorted(

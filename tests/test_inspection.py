@@ -219,6 +219,23 @@ WRONG = {
 }
 
 
+@pytest.mark.parametrize(
+    "look",
+    [
+        lambda loss_func: nearest_samples(loss_func, *samples(), count=2),
+        lambda loss_func: cluster_scores(loss_func, *samples(), samples()[1]),
+        lambda loss_func: loss_func.get_outliers(*samples()),
+    ],
+    ids=["nearest_samples", "cluster_scores", "get_outliers"],
+)
+def test_proxies_of_a_training_that_diverged_are_refused(look):
+    """A proxy that is not a number would be the nearest to all samples, and sort before any other."""
+    loss_func = make_loss()
+    loss_func.proxies.data[1, 0, 0] = torch.nan
+    with pytest.raises(ValueError, match="proxies must be finite, got NaN or infinite values"):
+        look(loss_func)
+
+
 @pytest.mark.parametrize("case", WRONG)
 def test_wrong_arguments_are_refused(case):
     function, arguments, error, message = WRONG[case]

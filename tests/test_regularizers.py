@@ -376,11 +376,15 @@ def test_a_proxy_that_is_not_finite_stays_within_its_class(distance):
     torch.testing.assert_close(gradient.view(3, 4, SIZE)[[0, 2]], expected.view(3, 4, SIZE)[[0, 2]])
 
 
+@pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:copyreg")
-def test_compiles_without_graph_breaks():
+def test_compiles_without_graph_breaks(autocast):
+    torch._dynamo.reset()
     regularizer, weights = ProxyEntropyRegularizer(4, TEMPERATURE), make_weights(3, 4, torch.float32)
     compiled = torch.compile(lambda weights: penalties(regularizer, weights), fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(weights), penalties(regularizer, weights))
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        found = compiled(weights)
+    torch.testing.assert_close(found, penalties(regularizer, weights))
 
 
 def multi_proxy(classes, per_class, **kwargs):

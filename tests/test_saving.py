@@ -1,15 +1,18 @@
 """Settings that travel with the state: files, state dicts, print."""
 
 import copy
+import io
 import pickle
 import re
 import warnings
+from enum import Enum
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from cases import DISTANCES, make_distance
-from pytorch_metric_learning import reducers
+from pytorch_metric_learning import reducers, regularizers
 
 from pml_multiproxy import MultiProxyEntropyLoss
 
@@ -59,6 +62,83 @@ def test_what_a_file_cannot_hold_must_be_given_as_it_was(path):
         MultiProxyEntropyLoss.load(path, distance=make_distance("L2"))
     with pytest.raises(ValueError, match=re.escape("scale is in the file as 10.0, got 3: set it after loading")):
         MultiProxyEntropyLoss.load(path, scale=3)
+
+
+@pytest.mark.parametrize("prepare", ["eval", "requires_grad_", "record"])
+def test_how_a_module_was_used_is_no_setting_of_it(prepare, path, batch):
+    """Mode, gradients and what PML records are not what was saved."""
+    options = {"collect_stats": True} if prepare == "record" else {}
+    reducer = reducers.AvgNonZeroReducer(**options)
+    loss_func = MultiProxyEntropyLoss(3, 8, reducer=reducer, distance=make_distance("L2"), **options)
+    if prepare == "record":
+        loss_func(*batch).backward()
+    else:
+        getattr(loss_func, prepare)()
+    loss_func.save(path)
+    loaded = MultiProxyEntropyLoss.load(path, distance=make_distance("L2"), reducer=reducers.AvgNonZeroReducer())
+    assert loaded.eval()(*batch).equal(loss_func.eval()(*batch))
+
+
+def test_what_torch_keeps_in_a_module_is_not_in_the_file(path):
+    """Another version of it may call that by other names."""
+    MultiProxyEntropyLoss(3, 8).save(path)
+    described = torch.load(path, weights_only=True)["modules"]
+    assert not [name for name in vars(torch.nn.Module()) if repr(name) in str(described)]
+
+
+def test_the_weights_of_regularizers_are_in_the_file(path, batch):
+    made = {"weight_regularizer": regularizers.ZeroMeanRegularizer, "embedding_regularizer": regularizers.LpRegularizer}
+    weights = {"weight_reg_weight": 0.01, "embedding_reg_weight": 0.2}
+    loss_func = MultiProxyEntropyLoss(3, 8, **{name: make() for name, make in made.items()}, **weights)
+    loss_func.save(path)
+    loaded = MultiProxyEntropyLoss.load(path, **{name: make() for name, make in made.items()})
+    assert {name: getattr(loaded, name) for name in weights} == weights
+    assert loaded(*batch).equal(loss_func(*batch))
+
+
+class Scaled(reducers.MeanReducer):
+    def __init__(self, values):
+        super().__init__()
+        self.values = values
+
+
+@pytest.mark.parametrize(
+    ("make", "saved", "wrong"),
+    [
+        (reducers.ClassWeightedReducer, torch.tensor([1.0, 2.0, 3.0]), torch.tensor([3.0, 2.0, 1.0])),
+        (reducers.MultipleReducers, {"loss": reducers.SumReducer()}, {"loss": reducers.MeanReducer()}),
+        (reducers.MultipleReducers, {"loss": reducers.ThresholdReducer(1)}, {"loss": reducers.ThresholdReducer(2)}),
+        (Scaled, (1.0, [2]), (1.0, [3])),
+        (Scaled, {"a": np.arange(3)}, {"a": np.ones(3, dtype=int)}),
+        (Scaled, np.float64(2), 3.0),
+    ],
+    ids=["tensor", "module", "setting of a module", "tuple", "array", "number of numpy"],
+)
+def test_what_a_module_is_made_of_must_be_as_it_was(make, saved, wrong, path):
+    MultiProxyEntropyLoss(3, 8, reducer=make(saved)).save(path)
+    MultiProxyEntropyLoss.load(path, reducer=make(saved))
+    with pytest.raises(ValueError, match=f"reducer must be the one that was saved, {make.__name__}"):
+        MultiProxyEntropyLoss.load(path, reducer=make(wrong))
+
+
+class Pooling(str, Enum):
+    MAX = "max"
+
+
+@pytest.mark.parametrize("temperature", [np.float64(0.25), np.array(0.25), torch.tensor(0.25)], ids=repr)
+def test_settings_are_plain(temperature, path):
+    """A schedule sets them to whatever it computes with; with those, a state dict would not load any more."""
+    loss_func = MultiProxyEntropyLoss(3, 8, 4, pooling=Pooling.MAX, scale=np.float32(20))
+    loss_func.temperature = temperature
+    assert {type(value) for value in loss_func.settings().values()} <= {int, float, str, type(None)}
+    loss_func.save(path)
+    assert MultiProxyEntropyLoss.load(path).settings() == loss_func.settings()
+    file = io.BytesIO()
+    torch.save(loss_func.state_dict(), file)
+    file.seek(0)
+    other = MultiProxyEntropyLoss(3, 8, 4, pooling="max", scale=20)
+    with pytest.warns(UserWarning, match=re.escape("other settings: temperature was 0.25 and is 0.1")):
+        other.load_state_dict(torch.load(file, weights_only=True))
 
 
 def test_other_files_are_refused(path):

@@ -244,6 +244,13 @@ def test_resuming_from_another_folder(text_data, tmp_path):
     assert train(resumed, resume_from_checkpoint=str(tmp_path / "elsewhere")) == expected[10:]
 
 
+def test_resuming_with_other_settings_says_so(text_data, tmp_path):
+    train(make_trainer(text_data, tmp_path, max_steps=10))
+    resumed = make_trainer(text_data, tmp_path, loss=lambda model: MultiProxyEntropyLoss(model, 3, 4, scale=20))
+    with pytest.warns(UserWarning, match=r"other settings: scale was 10\.0 and is 20\.0"):
+        train(resumed, resume_from_checkpoint=True)
+
+
 def test_the_best_model_comes_back_with_its_proxies(text_data, tmp_path):
     """And save_total_limit keeps the loss of the checkpoints that stay."""
     best = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 5, "save_steps": 5}

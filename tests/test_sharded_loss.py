@@ -165,6 +165,17 @@ def test_weights_of_mined_samples(group, tuples):
 
 
 @on(2)
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8], ids=str)
+def test_indices_of_mined_samples_of_any_integer_dtype(group, dtype):
+    one, sharded = pair_of_losses(group)
+    for embeddings, labels in rows([4, 9]):
+        none_at_all = (torch.tensor([]),) * 3
+        assert_same_step(one, sharded, embeddings, labels, [none_at_all, none_at_all])
+        tuples = [tuple(torch.tensor(i, dtype=dtype) for i in ([0, 1], [2, 1], [3, 0])) for _ in embeddings]
+        assert_same_step(one, sharded, embeddings, labels, tuples)
+
+
+@on(2)
 @pytest.mark.parametrize(
     "name",
     ["MeanReducer", "SumReducer", "AvgNonZeroReducer", "ThresholdReducer", "DivisorReducer", "PerAnchorReducer"],
@@ -321,10 +332,11 @@ def test_settings_that_differ_are_refused_on_every_rank(group):
         "pooling": ("max", "softmax"),
         "collect_stats": (False, True),
         "proxies_per_class": (3, 4),
+        "embedding_reg_weight": (1.0, 0.5),
     }.items():
         message = re.escape(f"{name} must be the same on all ranks, got {list(values)}, from rank 0 on")
         with pytest.raises(ValueError, match=message):
-            make(**{name: values[rank]})
+            make(embedding_regularizer=regularizers.LpRegularizer(), **{name: values[rank]})
     for name, kinds in {
         "distance": (lambda: distances.LpDistance(p=1), lambda: distances.LpDistance(p=2)),
         "reducer": (reducers.MeanReducer, reducers.SumReducer),

@@ -31,6 +31,21 @@ def test_warns_once(options, batch):
     assert len(caught) == 1
 
 
+def test_moved_while_it_counts(batch):
+    """To another dtype, as to another device."""
+    loss_func = MultiProxyEntropyLoss(3, 8, 4)
+    train(loss_func, batch, steps=PATIENCE // 2)
+    with pytest.warns(UserWarning, match=MESSAGE):
+        train(loss_func.to(torch.bfloat16), batch)
+
+
+def test_long_accumulation_cannot_be_told_from_it_and_the_warning_says_so(batch):
+    loss_func = MultiProxyEntropyLoss(3, 8, 4)
+    optimizer = torch.optim.SGD(loss_func.parameters(), 0.01)
+    with pytest.warns(UserWarning, match="If you accumulate gradients over more calls than that, ignore this"):
+        train(loss_func, batch, optimizer, every=2 * PATIENCE)
+
+
 class PastTheVersion(torch.optim.SGD):
     """As some optimizers do, which PyTorch does not see as a change."""
 

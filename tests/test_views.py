@@ -241,6 +241,23 @@ def test_mismatch_of_views_is_an_error_of_the_loss():
         MultiProxyEntropyLoss(3, 5, 4, views=2)(x, labels)
 
 
+class Elsewhere(torch.Tensor):
+    """Labels that say that they are on a GPU."""
+
+    device = torch.device("cuda")
+
+
+def test_first_batch_is_looked_at_on_every_device():
+    """What forgets to stack views does so from the first batch on; a look at each would be a device synchronisation."""
+    loss_func, embeddings = MultiProxyEntropyLoss(3, 2, 4, views=2), torch.randn(4, 2)
+    no_views, views = (torch.tensor(y).as_subclass(Elsewhere) for y in ([0, 1, 2, 1], [0, 1, 0, 1]))
+    for _ in range(2):
+        with pytest.raises(ValueError, match="labels must be the same in each of the views = 2 blocks"):
+            loss_func(embeddings, no_views)
+    loss_func(embeddings, views)
+    loss_func(embeddings, no_views)
+
+
 def near_proxies(loss_func, which, labels):
     """Embeddings near the given proxies of their classes, and far from all others."""
     with torch.no_grad():

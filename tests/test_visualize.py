@@ -611,6 +611,8 @@ NEAREST_CALLS = {
     "flat images": ({"images": x}, ValueError, "with 1, 3 or 4 channels, got (8,)"),
     "images that are not finite": ({"images": IMAGES / 0}, ValueError, "images[0] must hold finite numbers, got "
         "float64"),
+    "a dataset": ({"images": [(image, 1) for image in IMAGES]}, TypeError, "images[0] must be an array or a tensor, "
+        "got tuple: of (image, label), give the image alone"),
     "words": ({"images": np.full((4, 5, 5), "a")}, ValueError, "images[0] must hold finite numbers, got <U1"),
     "a count of none": ({"count": 0}, ValueError, "count must be an int of at least 1, got 0"),
     "axes of another kind": ({"ax": "left"}, TypeError, "ax must be matplotlib Axes, got str"),

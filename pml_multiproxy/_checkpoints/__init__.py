@@ -10,5 +10,6 @@ Two files for what users call, on what the others offer:
 - ``files``, ``metadata``: the files of PyTorch's distributed checkpoints, read without executing anything.
 - ``optimizer_state``: an optimizer's state by the names of its parameters.
 - ``room``: the memory that a checkpoint is read into, if it fits.
+- ``settings``: those of the losses, to notice others.
 - ``target``: the module and optimizer that it replaces, all or nothing.
 """

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from torch import distributed
 
-from . import checksums, folders
+from . import checksums, folders, settings
 from .fail_together import FailTogether
 from .target import Target
 
@@ -21,6 +21,8 @@ def load_checkpoint(
     The sharded loss loads what the ordinary one has saved, and the other way round. After an error, module and
     optimizer are on every rank what they were before. For that, a second copy of both, and a third of the module, are
     held in memory until the end.
+
+    It warns where the settings of a loss are others than when it was saved.
 
     A changed file is noticed by its checksum. The first checkpoints of this package had none; they load unchecked.
 
@@ -58,6 +60,7 @@ def load_checkpoint(
     problem = f"{whole} could not be loaded, nothing was changed"
     saved = together.first(problem, lambda: checksums.read(whole))
     together.run(problem, lambda: checksums.verify(whole, saved, together.share(sorted(saved))))
+    of_losses = together.first(problem, lambda: settings.read(whole))
     target = Target(module, optimizer)
     together.run(problem, lambda: target.read(whole, process_group))
     try:
@@ -65,4 +68,5 @@ def load_checkpoint(
     except BaseException:
         target.restore()
         raise
+    settings.warn_of_others(of_losses, module)
     return step

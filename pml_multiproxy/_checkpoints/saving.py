@@ -10,7 +10,7 @@ from torch import distributed
 from torch.distributed.checkpoint import state_dict as states
 
 from .. import _validation as check
-from . import checksums, files, folders, optimizer_state
+from . import checksums, files, folders, optimizer_state, settings
 from .fail_together import FailTogether
 from .metadata import file_names
 
@@ -67,7 +67,8 @@ def save_checkpoint(
     partial = together.first(problem, lambda: folders.new_partial(whole), raises=(FileExistsError,))
     try:
         together.run(problem, lambda: files.write(partial, _state(module, optimizer), process_group))
-        names = together.first(problem, lambda: file_names(partial))
+        together.first(problem, lambda: settings.write(partial, module))
+        names = together.first(problem, lambda: [settings.NAME, *file_names(partial)])
         of_ranks = together.run(problem, lambda: checksums.compute(partial, together.share(names)))
         together.first(problem, lambda: _commit(partial, whole, of_ranks), raises=(FileExistsError,))
     except BaseException:

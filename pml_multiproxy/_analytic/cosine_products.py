@@ -17,16 +17,31 @@ def prepare(embeddings: Tensor, proxies: Tensor) -> tuple["CosineProducts", Tens
     """As :func:`similarities.prepare`."""
     lengths = torch.linalg.vector_norm(proxies.detach(), dim=-1)
     # Elsewhere than on a CPU, looking would be a device synchronisation.
-    if lengths.device.type == "cpu" and not float(lengths.sum()) < math.inf:
+    if lengths.device.type == "cpu" and not _sum_is_finite(lengths):
         # Squares overflow. Dividing a proxy first changes its length only.
         proxies = proxies / proxies.detach().abs().amax(dim=-1, keepdim=True).clamp_min(1)
         lengths = torch.linalg.vector_norm(proxies.detach(), dim=-1)
     embeddings, lengths = embeddings.detach(), lengths.view(-1, 1)
-    queries, inverse = functional.normalize(embeddings, proxies.dtype), lengths.clamp_min(EPS).reciprocal_()
+    saved = (*_directions(embeddings, proxies.dtype), lengths, lengths.clamp_min(EPS).reciprocal_())
     rounded = _autocast.current(embeddings.device.type).dtype
     if rounded is not None and proxies.dtype == torch.float32:  # autocast leaves float64 alone
-        return RoundedCosineProducts(embeddings, queries, lengths, inverse, rounded), proxies
-    return CosineProducts(embeddings, queries, lengths, inverse), proxies
+        return RoundedCosineProducts(embeddings.dtype, *saved, rounded), proxies
+    return CosineProducts(embeddings.dtype, *saved), proxies
+
+
+def _directions(embeddings: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """As :func:`functional.normalize`, and how long they were, ``(B, 1)``; faster where no square overflows."""
+    converted = embeddings.to(dtype)
+    if embeddings.device.type == "cpu":
+        lengths: Tensor = torch.linalg.vector_norm(converted, dim=1, keepdim=True)
+        if _sum_is_finite(lengths):
+            return converted / lengths.clamp_min(functional.shortest(embeddings.dtype)), lengths
+    queries = functional.normalize(embeddings, dtype)
+    return queries, (converted * queries).sum(dim=1, keepdim=True)
+
+
+def _sum_is_finite(lengths: Tensor) -> bool:
+    return float(lengths.sum()) < math.inf
 
 
 class CosineProducts:
@@ -36,18 +51,23 @@ class CosineProducts:
     along the vector is taken away, which changes its length only.
     """
 
-    def __init__(self, embeddings: Tensor, queries: Tensor, lengths: Tensor, inverse: Tensor) -> None:
-        """``queries``: the embeddings at unit length; ``lengths`` of all proxies, ``(C * K, 1)``, and 1 over them."""
-        self.embeddings, self.queries, self.lengths, self.inverse = embeddings, queries, lengths, inverse
+    def __init__(
+        self, dtype: torch.dtype, queries: Tensor, query_lengths: Tensor, lengths: Tensor, inverse: Tensor
+    ) -> None:
+        """``queries``: the embeddings at unit length, which were of this dtype and these lengths, ``(B, 1)``;
+        ``lengths`` of all proxies, ``(C * K, 1)``, and 1 over them.
+        """
+        self.dtype, self.queries, self.query_lengths = dtype, queries, query_lengths
+        self.lengths, self.inverse = lengths, inverse
         self.parameters: tuple[Tensor, ...] = ()
-        self.saved: tuple[Tensor, ...] = (queries, lengths, inverse)
+        self.saved: tuple[Tensor, ...] = (queries, query_lengths, lengths, inverse)
         self.scratch: Tensor | None = None
 
     def __call__(self, proxies: Tensor, rows: slice) -> Tensor:
         return torch.mm(proxies, self.queries.T).mul_(self.inverse[rows])
 
     def restored(self, embeddings: Tensor, saved: Sequence[Tensor]) -> "CosineProducts":
-        return CosineProducts(embeddings, *saved)
+        return CosineProducts(embeddings.dtype, *saved)
 
     def add_gradients(
         self, proxies: Tensor, rows: slice, gradient: Tensor, grad_queries: Tensor, grad_proxies: Tensor
@@ -61,10 +81,9 @@ class CosineProducts:
         grad_proxies.addcmul_(proxies, along.mul_(self._projection(rows)), value=-1)
 
     def grad_embeddings(self, grad_queries: Tensor) -> Tensor:
-        shortest = functional.shortest(self.embeddings.dtype)
-        length = (self.embeddings * self.queries).sum(dim=1, keepdim=True)
-        along = (grad_queries * self.queries).sum(dim=1, keepdim=True).div_(_or_infinite(length, shortest))
-        return grad_queries.div_(length.clamp_min(shortest)).addcmul_(self.queries, along, value=-1)
+        shortest, lengths = functional.shortest(self.dtype), self.query_lengths
+        along = (grad_queries * self.queries).sum(dim=1, keepdim=True).div_(_or_infinite(lengths, shortest))
+        return grad_queries.div_(lengths.clamp_min(shortest)).addcmul_(self.queries, along, value=-1)
 
     def grad_parameters(self) -> list[Tensor]:
         return []
@@ -80,18 +99,24 @@ class RoundedCosineProducts(CosineProducts):
     """
 
     def __init__(
-        self, embeddings: Tensor, queries: Tensor, lengths: Tensor, inverse: Tensor, dtype: torch.dtype
+        self,
+        dtype: torch.dtype,
+        queries: Tensor,
+        query_lengths: Tensor,
+        lengths: Tensor,
+        inverse: Tensor,
+        to: torch.dtype,
     ) -> None:
-        super().__init__(embeddings, queries, lengths, inverse)
-        self.rounded = queries.to(dtype)
+        super().__init__(dtype, queries, query_lengths, lengths, inverse)
+        self.rounded = queries.to(to)
 
     def __call__(self, proxies: Tensor, rows: slice) -> Tensor:
         directions = (proxies * self.inverse[rows]).to(self.rounded.dtype)
         return torch.mm(directions, self.rounded.T).to(proxies.dtype)
 
     def restored(self, embeddings: Tensor, saved: Sequence[Tensor]) -> "RoundedCosineProducts":
-        queries, lengths, inverse = saved
-        return RoundedCosineProducts(embeddings, queries, lengths, inverse, self.rounded.dtype)
+        queries, query_lengths, lengths, inverse = saved
+        return RoundedCosineProducts(embeddings.dtype, queries, query_lengths, lengths, inverse, self.rounded.dtype)
 
     def add_gradients(
         self, proxies: Tensor, rows: slice, gradient: Tensor, grad_queries: Tensor, grad_proxies: Tensor

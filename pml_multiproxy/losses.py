@@ -63,8 +63,7 @@ class MultiProxyEntropyLoss(ProxyLossModule):
 
     **Defaults.** They are the same for all tasks, with and without views: of the settings that were measured on all
     eight, those with the highest mean of MAP@R, each relative to the best on that task, on validation data
-    (benchmarks/retrieval). With any one of the tasks left out, the others choose them, too, except where that is
-    Omniglot with coarse labels and views, on which they gain most: ``pooling="max"`` is next. Where classes are one
+    (benchmarks/retrieval). With any one of the tasks left out, the others choose them, too. Where classes are one
     cluster, take a single proxy, or ``intra_weight=0`` and ``balance_weight=0``.
 
     Sources. Intra- and inter-class entropy: Yu, Zhang, Li, Zhang, *Multi-Proxy Learning from an Entropy Optimization

@@ -2,11 +2,11 @@
 
 (*A Metric Learning Reality Check*, ECCV 2020.) Within a task, every loss trains the same network with the same
 optimizer, batches and epochs, and where a task has views, on the same views. Each has twelve configurations, the same
-on every task (losses.py). Each of them is run once and evaluated on a validation part; then, with fresh seeds, on the
-test part: the configuration that was best on validation, the documented defaults, and the one that was best on the
-other tasks. For the test, validation data are trained on, too. Where training labels are coarse, validation uses the
-fine labels of held-out samples; where the test classes are new, held-out classes. --sweep evaluates changes of our
-defaults on validation.
+on every task (losses.py). Each of them is run once, on the small digits three times, and evaluated on a validation
+part; then, with fresh seeds, on the test part: the configuration that was best on validation, the documented defaults,
+and the one that was best on the other tasks. For the test, validation data are trained on, too. Where training labels
+are coarse, validation uses the fine labels of held-out samples; where the test classes are new, held-out classes.
+--sweep evaluates changes of our defaults on validation. --agreement trains what can be chosen without fine labels.
 
 Writes one row per run to results/TASK.csv, and goes on from what these hold. --report makes the tables and pictures of
 them alone.
@@ -18,11 +18,11 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from .losses import COARSE_SWEEPS, FAMILIES, OURS, UNTRAINED, load
+from .losses import COARSE_SWEEPS, FAMILIES, OURS, UNTRAINED, changes, load
+from .musts import COUNTS_OF_MUST
 from .report import report
-from .runs import SWEEP_SEEDS, VALIDATION_SEED, Runs
+from .runs import SWEEP_SEEDS, Runs, validation_seeds
 from .selection import applies, candidates, chosen
-from .tables import COUNTS_OF_MUST
 from .tasks import IMAGE_TASKS, TASKS
 
 TESTED = ["defaults", "best here", "best elsewhere", "defaults before", "by agreement", "by fine labels"]
@@ -32,19 +32,20 @@ RESULTS = Path(__file__).parent / "results"
 def plan(runs, name, args):
     """The arguments of the runs that there should be, in the order to do them in."""
     losses = [loss for loss in args.losses if applies(loss, name)]
-    for index in range(args.configs):
-        for loss in losses:
-            yield "validation", loss, load()[loss][index], VALIDATION_SEED
+    for seed in validation_seeds(name):
+        for index in range(args.configs):
+            for loss in losses:
+                yield "validation", loss, load()[loss][index], seed
     for seed in SWEEP_SEEDS[: args.sweep]:
-        for loss in losses:
-            if loss == OURS or (loss in COARSE_SWEEPS and "coarse" in name):
-                for settings in COARSE_SWEEPS[loss]().values():
-                    yield "validation", loss, settings, seed
+        for settings in changes().values() if OURS in losses else ():
+            yield "validation", OURS, settings, seed
     if args.agreement and "coarse" in name:
         for loss in (loss for loss in losses if loss in COARSE_SWEEPS):
             for settings in candidates(loss).values():
-                for seed in set(SWEEP_SEEDS) - runs[name].assigned(loss, settings).keys():
+                for seed in SWEEP_SEEDS:
                     yield "agreement", loss, settings, seed
+                for seed in validation_seeds(name):
+                    yield "validation", loss, settings, seed
     for seed in range(args.seeds):
         yield "test", UNTRAINED, None, seed
         for table in args.tables:
@@ -73,7 +74,7 @@ def main(argv=None):
         "--tables", nargs="*", choices=TESTED, default=TESTED[:3], metavar="TABLE", help=f"what to test: {TESTED}"
     )
     parser.add_argument(
-        "--agreement", action="store_true", help="on coarse labels, also choose by the agreement of two seeds"
+        "--agreement", action="store_true", help="on coarse labels, also what the agreement of two seeds chooses from"
     )
     parser.add_argument(
         "--sweep", type=int, choices=[0, 1, 2], default=0, help="changes of our defaults, too, on one or two seeds"

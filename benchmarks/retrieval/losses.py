@@ -9,6 +9,7 @@ many.
 import json
 import random
 from ast import literal_eval
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -138,6 +139,7 @@ FAMILIES = {
     ),
 }
 OURS = "MultiProxyEntropy"
+K_MEANS = "k-means, NormalizedSoftmax"
 SEVERAL_PROXIES = "SoftTriple", "SubCenterArcFace"
 UNTRAINED = "no training"
 REFERENCES = UNTRAINED, "k-means, NormalizedSoftmax"
@@ -229,6 +231,12 @@ def counts(loss):
     return labelled(load()[loss][0], singles({FAMILIES[loss].several: COUNTS}))
 
 
+def our_sweep():
+    """Of our defaults, over the number of proxies and the temperature."""
+    keys = "proxies_per_class", "temperature"
+    return labelled(load()[OURS][0], singles({key: CHANGES[key] for key in keys}))
+
+
 def soft_triple_changes():
     return labelled(load()["SoftTriple"][0], singles({"centers_per_class": COUNTS, "gamma": [0.05, 0.2]}))
 
@@ -237,8 +245,13 @@ def sub_center_changes():
     return labelled(load()["SubCenterArcFace"][0], singles({"sub_centers": COUNTS, "scale": [10, 16, 30]}))
 
 
-COARSE_SWEEPS = {OURS: changes, "SoftTriple": soft_triple_changes, "SubCenterArcFace": sub_center_changes}
-"""Over the number of proxies and the temperature, for the losses whose proxies assign samples within a class."""
+COARSE_SWEEPS = {
+    OURS: our_sweep,
+    "SoftTriple": soft_triple_changes,
+    "SubCenterArcFace": sub_center_changes,
+    K_MEANS: partial(counts, K_MEANS),
+}
+"""Over the number of proxies and the temperature, for what assigns samples to parts of their class."""
 
 
 def singles(values_by_key):
@@ -267,14 +280,17 @@ def load():
     return json.loads(FILE.read_text())
 
 
+def fit_clusters(x, labels, clusters, seed):
+    """K-means of the untrained inputs of each class, by class."""
+    samples = {c: x[labels == c].flatten(1).numpy() for c in labels.unique().tolist()}
+    return {c: KMeans(min(clusters, len(of)), n_init=1, random_state=seed).fit(of) for c, of in samples.items()}
+
+
 def cluster(x, labels, clusters, seed):
-    """K-means of the untrained inputs within each class: labels of ``clusters`` times as many classes."""
+    """Labels of ``clusters`` times as many classes: the cluster of each sample within its class."""
     result = torch.empty_like(labels)
-    for c in labels.unique().tolist():
-        of_class = labels == c
-        count = min(clusters, int(of_class.sum()))
-        found = KMeans(count, n_init=1, random_state=seed).fit_predict(x[of_class].flatten(1).numpy())
-        result[of_class] = c * clusters + torch.as_tensor(found).long()
+    for c, found in fit_clusters(x, labels, clusters, seed).items():
+        result[labels == c] = c * clusters + torch.as_tensor(found.labels_).long()
     return result
 
 

@@ -3,6 +3,7 @@
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 
 from .losses import (
     CHANGES_BEFORE,
@@ -17,21 +18,27 @@ from .losses import (
 )
 from .selection import interval, measured, scores_of, with_any_test
 
+COLUMNS = 4
+
 
 def draw_bars(runs, which, title, path, seeds):
-    found = {name: measured(runs, name, which, seeds)[0] for name in with_any_test(runs)}
-    figure = Figure(figsize=(max(3.4 * len(found), 10), 5), layout="constrained")
-    colors = [*matplotlib.colormaps["tab20"].colors[: len(FAMILIES)], "black"]
-    for ax, (name, values) in zip(np.atleast_1d(figure.subplots(1, len(found))), found.items(), strict=True):
-        for i, loss in enumerate((*FAMILIES, UNTRAINED)):
-            if loss in values:
-                low, high = interval(values[loss])
-                mean = values[loss].mean()
-                ax.bar(
-                    i, mean, yerr=[[mean - low], [high - mean]], color=colors[i], ecolor="gray", capsize=3, label=loss
-                )
-        ax.set(title=name, ylabel="MAP@R, %", xticks=[])
-    figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    names, losses = with_any_test(runs), (*FAMILIES, UNTRAINED)
+    colors = dict(zip(losses, [*matplotlib.colormaps["tab20"].colors[: len(FAMILIES)], "black"], strict=True))
+    rows = -(-len(names) // COLUMNS)
+    figure = Figure(figsize=(15, 3.2 * rows + 1.6), layout="constrained")
+    for ax, name in zip(figure.subplots(rows, COLUMNS, squeeze=False).flatten(), names, strict=False):
+        found, lacking = measured(runs, name, which, seeds)
+        for i, loss in enumerate(losses):
+            if loss in found:
+                low, high = interval(found[loss])
+                mean = found[loss].mean()
+                ax.bar(i, mean, yerr=[[mean - low], [high - mean]], color=colors[loss], ecolor="gray", capsize=3)
+            elif loss in lacking:
+                ax.annotate("open", (i, 0), (0, 3), textcoords="offset points", rotation=90, ha="center", size="small")
+        ax.set(title=name, ylabel="MAP@R, %", xticks=[], xlim=(-0.7, len(losses) - 0.3), ylim=(0, None))
+    for ax in figure.axes[len(names) :]:
+        ax.set_axis_off()
+    figure.legend([Patch(color=color) for color in colors.values()], losses, loc="outside lower center", ncols=4)
     figure.suptitle(title)
     figure.savefig(path, dpi=90)
 
@@ -62,11 +69,13 @@ def draw_proxies_per_class(runs, out):
         for loss in (OURS, *SEVERAL_PROXIES):
             labels = changes_before() if loss == OURS else counts(loss)
             x, mean, deviation = curve(scores_of(runs[name], loss, labels), FAMILIES[loss].several)
-            ax.errorbar([int(k) for k in x], mean, deviation, marker="o", capsize=3, label=loss)
+            if len(x) > 1:
+                ax.errorbar([int(k) for k in x], mean, deviation, marker="o", capsize=3, label=loss)
         ax.set(title=name, xlabel="proxies per class", ylabel="MAP@R on validation, %", xscale="log")
         ax.set_xticks(COUNTS, labels=COUNTS, fontsize="small")
         ax.minorticks_off()
-    figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    figure.suptitle(f"All else at the defaults; of {OURS}, at the defaults before")
     figure.savefig(out / "proxies_per_class.png", dpi=90)
 
 

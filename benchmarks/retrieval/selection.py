@@ -1,5 +1,7 @@
 """Which settings each table takes, and what was measured with them."""
 
+from functools import cache
+
 import numpy as np
 
 from pml_multiproxy.agreement import assignment_agreement
@@ -9,12 +11,14 @@ from .losses import (
     COARSE_SWEEPS,
     DEFAULTS_BEFORE,
     FAMILIES,
+    K_MEANS,
     OURS,
     REFERENCES,
     UNTRAINED,
     changes_before,
     load,
 )
+from .runs import SWEEP_SEEDS, VALIDATION_SEED
 from .tasks import IMAGE_TASKS, TASKS
 from .training import DIGITS
 
@@ -39,10 +43,13 @@ def like(name):
 def chosen(runs, name, loss):
     """The settings that each table takes; those that cannot be known yet are left out."""
     if loss == UNTRAINED:
-        return dict.fromkeys(("defaults", "best here", "best elsewhere"))
+        return dict.fromkeys(("defaults", "best here", "best here by one seed", "best elsewhere"))
     configurations = load()[loss]
     tables = {"defaults": configurations[0]}
+    first = runs[name].validated(loss, [VALIDATION_SEED])
     here, *others = (runs[task].validated(loss) for task in (name, *like(name)))
+    if first:
+        tables["best here by one seed"] = configurations[int(np.argmax(first))]
     if here:
         tables["best here"] = configurations[int(np.argmax(here))]
     if others and all(others):
@@ -54,11 +61,9 @@ def chosen(runs, name, loss):
             ranking = sorted(scores, key=lambda label: np.mean(scores[label]), reverse=True)
             tables["changed"] = changes_before()[ranking[0]]
             tables["classes only"] = changes_before()[next(x for x in ranking if x.startswith(CLASSES_ONLY))]
-    if loss in COARSE_SWEEPS and "coarse" in name and runs[name].validated(loss):
-        found = agreements(runs[name], loss)
-        if found and None not in found.values():
-            tables["by agreement"] = candidates(loss)[max(found, key=found.get)]
-            tables["by fine labels"] = candidates(loss)[best_validated(runs[name], loss)]
+    if loss in COARSE_SWEEPS and "coarse" in name:
+        by = {"by agreement": agreements(runs[name], loss), "by fine labels": validations(runs[name], loss)}
+        tables |= {table: candidates(loss)[max(of, key=of.get)] for table, of in by.items() if None not in of.values()}
     return tables
 
 
@@ -68,15 +73,22 @@ def relative(scores):
 
 
 def scores_of(runs, loss, settings_by_label):
-    """MAP@R on validation by label, each over the seeds; labels without runs are left out."""
-    found = {label: runs.get("validation", loss, settings) for label, settings in settings_by_label.items()}
-    return {label: [float(row["map_at_r"]) for row in rows.values()] for label, rows in found.items() if rows}
+    """MAP@R on validation by label, each over the seeds of sweeps; labels without runs are left out."""
+    found = {label: runs.held_out(loss, settings) for label, settings in settings_by_label.items()}
+    scores = {
+        label: [float(rows[seed]["map_at_r"]) for seed in SWEEP_SEEDS if seed in rows] for label, rows in found.items()
+    }
+    return {label: of_label for label, of_label in scores.items() if of_label}
 
 
 def candidates(loss):
-    """What agreement chooses from, by label: the twelve configurations, and the sweep over K and temperature."""
+    """What agreement chooses from, by label: the twelve configurations, and the sweep over K and temperature.
+
+    The clusters of k-means depend on nothing but how many they are.
+    """
     swept = {label: settings for label, settings in COARSE_SWEEPS[loss]().items() if label != "defaults"}
-    return {str(index): settings for index, settings in enumerate(load()[loss])} | swept
+    drawn = [] if loss == K_MEANS else load()[loss]
+    return {str(index): settings for index, settings in enumerate(drawn)} | swept
 
 
 def agreements(runs, loss):
@@ -85,6 +97,7 @@ def agreements(runs, loss):
     return {label: agreement(*texts.values()) if len(texts) == 2 else None for label, texts in found.items()}
 
 
+@cache
 def agreement(assigned, again):
     """Of the assignments of two seeds, each a word per class: nats, mean over the classes."""
     numbers = [[DIGITS.index(digit) for digit in text.replace(" ", "")] for text in (assigned, again)]
@@ -92,44 +105,41 @@ def agreement(assigned, again):
     return assignment_agreement(numbers, labels).mean
 
 
-def best_validated(runs, loss):
-    scores = {label: runs.score(loss, settings) or 0.0 for label, settings in candidates(loss).items()}
-    return max(scores, key=scores.get)
+def validations(runs, loss):
+    """MAP@R on validation, by candidate; None where a seed is missing."""
+    return {label: runs.score(loss, settings) for label, settings in candidates(loss).items()}
 
 
-def by_seed_and_class(runs, name, loss, table):
-    """MAP@R of the test runs, ``(seeds, classes)``, in %, or None where there are none."""
+def tested(runs, name, loss, table, seeds):
+    """MAP@R of the test runs, ``(seeds, classes)``, in %, or None where some are missing."""
     tables = chosen(runs, name, loss)
     rows = runs[name].get("test", loss, tables[table]) if table in tables else {}
-    return by_class(rows)
+    return by_class(rows)[:seeds] if len(rows) >= seeds else None
 
 
 def by_class(rows):
-    if not rows:
-        return None
     return np.array([[float(x) for x in rows[seed]["map_at_r_by_class"].split()] for seed in sorted(rows)])
 
 
 def interval(*values, statistic=lambda x: x):
     """95 %, by bootstrap over the seeds and the classes: of the mean, or of a statistic of several means."""
-    rng = np.random.default_rng(0)
-    # How often each seed and each class is drawn, as parts of all.
-    seeds, classes = (rng.multinomial(n, np.full(n, 1 / n), size=RESAMPLES) / n for n in values[0].shape)
+    seeds, classes = resamples(values[0].shape)
     means = (np.einsum("rs,sc,rc->r", seeds, value, classes, optimize=True) for value in values)
     return np.percentile(statistic(*means), [2.5, 97.5])
 
 
+@cache
+def resamples(shape):
+    """How often each seed and each class is drawn, as parts of all."""
+    rng = np.random.default_rng(0)
+    return [rng.multinomial(n, np.full(n, 1 / n), size=RESAMPLES) / n for n in shape]
+
+
 def measured(runs, name, table, seeds):
     """The test runs of a task by loss, and the losses that still lack some."""
-    found, lacking = {}, []
-    for loss in (*FAMILIES, UNTRAINED):
-        if applies(loss, name):
-            values = by_seed_and_class(runs, name, loss, table)
-            if values is None or len(values) < seeds:
-                lacking.append(loss)
-            else:
-                found[loss] = values[:seeds]
-    return found, lacking
+    found = {loss: tested(runs, name, loss, table, seeds) for loss in (*FAMILIES, UNTRAINED) if applies(loss, name)}
+    lacking = [loss for loss, values in found.items() if values is None]
+    return {loss: values for loss, values in found.items() if values is not None}, lacking
 
 
 def with_any_test(runs):

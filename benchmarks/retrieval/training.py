@@ -8,7 +8,7 @@ from torch import nn
 
 from pml_multiproxy import MultiProxyEntropyLoss
 
-from .losses import FAMILIES, UNTRAINED, cluster
+from .losses import FAMILIES, UNTRAINED, cluster, fit_clusters
 from .views import stack_views
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -24,8 +24,12 @@ def run(task, phase, name, settings, seed):
     if name == UNTRAINED:
         return evaluate(task.make_network().to(DEVICE), unseen) | {"assigned": ""}
     network, loss_func = train(task, data, FAMILIES[name], settings, seed)
-    wanted = phase == "validation" and task.has_coarse_labels
-    return evaluate(network, unseen) | {"assigned": assigned(network, loss_func, unseen) if wanted else ""}
+    result = evaluate(network, unseen)
+    if phase != "validation" or not task.has_coarse_labels:
+        return result | {"assigned": ""}
+    if "clusters" in settings:
+        return result | {"assigned": assigned_to_clusters(data, unseen, settings["clusters"], seed)}
+    return result | {"assigned": assigned(network, loss_func, unseen)}
 
 
 def train(task, data, family, settings, seed):
@@ -90,7 +94,17 @@ def assigned(network, loss_func, data):
     labels = torch.unique(data.coarse, return_inverse=True)[1]
     directions = nn.functional.normalize(proxies.detach(), dim=2).cpu()
     nearest = torch.einsum("bd,bkd->bk", embed(network, data.x), directions[labels]).argmax(dim=1)
-    return " ".join("".join(DIGITS[k] for k in nearest[labels == c]) for c in labels.unique())
+    return " ".join(word(nearest[labels == c]) for c in labels.unique())
+
+
+def assigned_to_clusters(data, unseen, clusters, seed):
+    """As ``assigned``, but which cluster of the inputs of its class is nearest."""
+    found = fit_clusters(data.x, data.coarse, clusters, seed).items()
+    return " ".join(word(fitted.predict(unseen.x[unseen.coarse == c].flatten(1).numpy())) for c, fitted in found)
+
+
+def word(numbers):
+    return "".join(DIGITS[k] for k in numbers)
 
 
 def proxies_of(loss_func):

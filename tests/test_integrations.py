@@ -37,6 +37,8 @@ def start(folder, module, calls, launcher):
     script.write_text(
         f"import sys\nsys.path[:0] = {paths!r}\nimport {module}\n"
         f"for arguments in {[list(map(str, arguments)) for arguments in calls]!r}:\n    {module}.main(arguments)\n"
+        # While Python ends, PyTorch now and then aborts at its own threads. What is tested is done by then.
+        + ("import os\nsys.stdout.flush()\nos._exit(0)\n" if launcher else "")
     )
     # FSDP2 wants a process group even where there is one process.
     alone = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}

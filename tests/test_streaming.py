@@ -231,6 +231,29 @@ def test_logits_and_assignment_do_not_depend_on_chunks(distance, per_chunk):
     assert (loss_func.assign(embeddings)[0] != 5).all()
 
 
+@pytest.mark.parametrize("views", [1, 2])
+@pytest.mark.parametrize("weights", [(0.0, 0.5), (0.25, 0.0), (0.25, 0.5)], ids=["balance", "intra", "both"])
+def test_small_gradient_of_a_nearly_certain_assignment(weights, views):
+    """In float32, relative to itself: it is what remains of potentials that are ten million times as large."""
+    intra, balance = weights
+    options = {"temperature": 0.05, "intra_weight": intra, "balance_weight": balance, "views": views}
+    loss_func = MultiProxyEntropyLoss(1, 8, 4, **options).eval()
+    loss_func.proxies.data = torch.eye(4, 8)[None]
+    loss_func.proxy_usage.copy_(torch.tensor([[0.3, 0.55, 0.1, 0.05]]))
+    embeddings = torch.eye(8)[[3, 3]] + 0.05 * torch.randn(2, 8)
+    labels = torch.zeros(2, dtype=torch.long)
+
+    def gradient(x):
+        x = x.clone().requires_grad_()
+        return torch.autograd.grad(loss_func(x, labels), x)[0]
+
+    actual = gradient(embeddings)
+    loss_func.double()
+    expected = gradient(embeddings.double())
+    assert loss_func.soft_assign(embeddings, labels).amax(dim=1).min() > 1 - 1e-6
+    assert (actual - expected).norm() < 1e-4 * expected.norm()
+
+
 @pytest.mark.parametrize("pooling", poolings.POOLINGS)
 def test_keeps_one_number_per_similarity(pooling):
     gc.collect()

@@ -57,7 +57,9 @@ def gradient(
         weight = by_intra * grad_losses
         others = _mean_of_other_views(weight.unsqueeze(0), views)
         result += others * assignment.q - _mean_of_other_views(weight * assignment.q, views)
-    return result
+    # Over the proxies, it sums to zero. What is left is rounding, that of the likeliest, where large numbers cancel.
+    likeliest = assignment.q.argmax(dim=0, keepdim=True)
+    return result.scatter_add_(0, likeliest, result.sum(dim=0, keepdim=True).neg_())
 
 
 def _mean_of_other_views(values: Tensor, views: int) -> Tensor:

@@ -5,7 +5,6 @@ every loss starts from the frozen features and has to do better than them.
 """
 
 import argparse
-import csv
 import platform
 from datetime import date
 from pathlib import Path
@@ -17,6 +16,8 @@ from torch import nn
 from tqdm import tqdm
 
 from pml_multiproxy.losses import MultiProxyEntropyLoss
+
+from . import csv_rows
 
 RESULTS = Path(__file__).parent / "ablations" / "results"
 FILE = "clinc150_minilm.npz"
@@ -97,8 +98,7 @@ def run_all(name, configurations, seeds, run):
     ``configurations`` maps a label to keyword arguments; ``run`` returns a dict of numbers.
     """
     path = RESULTS / f"{name}.csv"
-    rows = list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
-    done = {(row["configuration"], int(row["seed"])) for row in rows}
+    done = {(row["configuration"], int(row["seed"])) for row in csv_rows.read(path)}
     todo = [(label, seed) for seed in range(seeds) for label in configurations if (label, seed) not in done]
     for label, seed in tqdm(todo, desc=name, disable=not todo):
         torch.manual_seed(seed)
@@ -110,13 +110,8 @@ def run_all(name, configurations, seeds, run):
             "torch": torch.__version__,
             "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
         }
-        with path.open("a", newline="") as file:
-            writer = csv.DictWriter(file, row, lineterminator="\n")
-            if not rows:
-                writer.writeheader()
-            writer.writerow(row)
-        rows.append(row)
-    return rows
+        csv_rows.append(path, row)
+    return csv_rows.read(path)
 
 
 def publish(name, rows, configurations, columns):

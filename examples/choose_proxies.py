@@ -22,16 +22,15 @@ matplotlib.use("Agg")
 
 import optuna
 import torch
-from digits import EMBEDDING_SIZE, RandomViews, load_data, make_models, make_optimizer, map_at_r
+from digits import EMBEDDING_SIZE, load_data, load_views, make_models, make_optimizer, map_at_r, train_epoch
 from matplotlib import pyplot as plt
 from scipy.stats import spearmanr
 from sklearn.model_selection import train_test_split
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import TensorDataset
 
 from pml_multiproxy import MultiProxyEntropyLoss
 from pml_multiproxy.agreement import proxy_agreement
-from pml_multiproxy.views import ViewsDataset, stack_views
 
 TRAININGS = 2
 VIEWS = 2
@@ -43,8 +42,7 @@ class Training:
     """A network and a loss, trained epoch by epoch."""
 
     def __init__(self, train_set, proxies_per_class, temperature):
-        views = ViewsDataset(RandomViews(train_set), VIEWS)
-        self.loader = DataLoader(views, batch_size=64, shuffle=True, collate_fn=stack_views)
+        self.batches = load_views(train_set, VIEWS)
         self.network = nn.Sequential(*make_models().values())
         self.loss_func = MultiProxyEntropyLoss(
             2, EMBEDDING_SIZE, proxies_per_class, temperature=temperature, views=VIEWS
@@ -52,10 +50,7 @@ class Training:
         self.optimizer = make_optimizer(self.network, self.loss_func)
 
     def train_epoch(self):
-        for images, labels in self.loader:
-            self.optimizer.zero_grad()
-            self.loss_func(self.network(images), labels).backward()
-            self.optimizer.step()
+        train_epoch(self.network, self.loss_func, self.optimizer, self.batches)
 
     @torch.no_grad()
     def embed(self, images):

@@ -11,6 +11,8 @@ from sklearn.model_selection import train_test_split
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
+from pml_multiproxy.views import ViewsDataset, stack_views
+
 EMBEDDING_SIZE = 64
 ROTATION, SCALING, SHEAR, SHIFT = math.radians(15), 0.15, 0.15, 0.1
 """How far a view goes at most, either way: radians, part of the size, slant, and part of the side of the image."""
@@ -64,8 +66,18 @@ def make_models():
     return {"trunk": trunk, "embedder": nn.Linear(64 * 4, EMBEDDING_SIZE)}
 
 
-def train_epoch(network, loss_func, optimizer):
-    for images, labels in DataLoader(load_data()[0], batch_size=64, shuffle=True):
+def load_batches():
+    return DataLoader(load_data()[0], batch_size=64, shuffle=True)
+
+
+def load_views(train_set, views):
+    """Batches of so many random views of each image."""
+    dataset = ViewsDataset(RandomViews(train_set), views)
+    return DataLoader(dataset, batch_size=64, shuffle=True, collate_fn=stack_views)
+
+
+def train_epoch(network, loss_func, optimizer, batches):
+    for images, labels in batches:
         optimizer.zero_grad()
         loss_func(network(images), labels).backward()
         optimizer.step()

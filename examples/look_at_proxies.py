@@ -15,13 +15,11 @@ import matplotlib
 matplotlib.use("Agg")
 
 import torch
-from digits import EMBEDDING_SIZE, RandomViews, load_data, make_models, make_optimizer
+from digits import EMBEDDING_SIZE, load_data, load_views, make_models, make_optimizer, train_epoch
 from torch import nn
-from torch.utils.data import DataLoader
 
 from pml_multiproxy import MultiProxyEntropyLoss
 from pml_multiproxy.inspection import cluster_scores
-from pml_multiproxy.views import ViewsDataset, stack_views
 from pml_multiproxy.visualize import plot_nearest
 
 CLASSES = ["even", "odd"]
@@ -32,12 +30,9 @@ def train(epochs):
     network = nn.Sequential(*make_models().values())
     loss_func = MultiProxyEntropyLoss(2, EMBEDDING_SIZE, PROXIES_PER_CLASS, views=2)
     optimizer = make_optimizer(network, loss_func)
-    views = ViewsDataset(RandomViews(load_data()[0]), 2)
+    batches = load_views(load_data()[0], views=2)
     for _ in range(epochs):
-        for images, labels in DataLoader(views, batch_size=64, shuffle=True, collate_fn=stack_views):
-            optimizer.zero_grad()
-            loss_func(network(images), labels).backward()
-            optimizer.step()
+        train_epoch(network, loss_func, optimizer, batches)
     return network.eval(), loss_func
 
 

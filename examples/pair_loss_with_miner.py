@@ -8,7 +8,7 @@ and network are those of coarse_to_fine.py: train with the labels even and odd, 
 import argparse
 
 import torch
-from digits import EMBEDDING_SIZE, make_models, make_optimizer, map_at_r, train_epoch
+from digits import EMBEDDING_SIZE, load_batches, make_models, make_optimizer, map_at_r, train_epoch
 from pytorch_metric_learning import losses
 from torch import nn
 from tqdm import tqdm
@@ -41,7 +41,7 @@ def train(make_loss, seed, epochs):
     network, loss_func = nn.Sequential(*make_models().values()), make_loss()
     optimizer = make_optimizer(network, loss_func)
     for _ in range(epochs):
-        train_epoch(network, loss_func, optimizer)
+        train_epoch(network, loss_func, optimizer, load_batches())
     return map_at_r(network)
 
 

@@ -7,7 +7,7 @@ by epoch for both starts. init_proxies wants the embeddings of the network that 
 import argparse
 
 import torch
-from digits import EMBEDDING_SIZE, load_data, make_models, make_optimizer, map_at_r, train_epoch
+from digits import EMBEDDING_SIZE, load_batches, load_data, make_models, make_optimizer, map_at_r, train_epoch
 from torch import nn
 from tqdm import tqdm
 
@@ -25,7 +25,7 @@ def train(start, seed, epochs, bar):
     optimizer = make_optimizer(network, loss_func)
     history = []
     for _ in range(epochs):
-        train_epoch(network, loss_func, optimizer)
+        train_epoch(network, loss_func, optimizer, load_batches())
         history.append(map_at_r(network))
         bar.update()
     return history

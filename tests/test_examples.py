@@ -156,7 +156,7 @@ def test_avg_non_zero_reducer_loses_no_quality(example):
         network, loss_func = torch.nn.Sequential(*digits.make_models().values()), cls(2, 64, reducer=reducer)
         optimizer = digits.make_optimizer(network, loss_func)
         for _ in range(10):
-            digits.train_epoch(network, loss_func, optimizer)
+            digits.train_epoch(network, loss_func, optimizer, digits.load_batches())
         return digits.map_at_r(network)
 
     def quality(cls, reducer):

@@ -10,7 +10,6 @@ tables guide.md (what each of two measures chooses), pairs.md and samples.md.
 """
 
 import argparse
-import csv
 import platform
 from datetime import date
 from pathlib import Path
@@ -23,6 +22,7 @@ from tqdm import tqdm
 
 from pml_multiproxy.agreement import assignment_agreement
 
+from .. import csv_rows
 from ..retrieval.losses import DEFAULT_LR, FAMILIES, OURS
 from ..retrieval.tasks import TASKS, Data, joined
 from ..retrieval.training import assigned, evaluate, train
@@ -72,18 +72,13 @@ class Trainings:
 
     def __init__(self, out):
         self.path = out / "trainings.csv"
-        rows = list(csv.DictReader(self.path.read_text().splitlines())) if self.path.exists() else []
-        self.rows = {key_of(row): row for row in rows}
+        self.rows = {key_of(row): row for row in csv_rows.read(self.path)}
 
     def add(self, key, folder):
         machine = f"{platform.machine()}, {torch.get_num_threads()} threads"
         row = key._asdict() | run(key, folder)
         row |= {"date": date.today().isoformat(), "torch": torch.__version__, "machine": machine}
-        with self.path.open("a", newline="") as file:
-            writer = csv.DictWriter(file, row, lineterminator="\n")
-            if not self.rows:
-                writer.writeheader()
-            writer.writerow(row)
+        csv_rows.append(self.path, row)
         self.rows[key] = row
 
     def pairs(self, task, setting):

@@ -28,6 +28,7 @@ from torch import distributed
 from pml_multiproxy._sharding import ranks
 from pml_multiproxy.distributed import ShardedMultiProxyEntropyLoss
 
+from .. import csv_rows
 from ..speed.steps import CPU, resident
 
 RESULTS = Path(__file__).parent / "results"
@@ -152,8 +153,7 @@ def measure(name, shape, processes, repeats):
 
 
 def read():
-    path = RESULTS / "distributed.csv"
-    return list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
+    return csv_rows.read(RESULTS / "distributed.csv")
 
 
 def store(rows):

@@ -8,7 +8,6 @@ Writes one row per training to results/clusters.csv, goes on from what that hold
 """
 
 import argparse
-import csv
 import platform
 from datetime import date
 from pathlib import Path
@@ -20,6 +19,7 @@ from tqdm import tqdm
 from pml_multiproxy import MultiProxyEntropyLoss
 from pml_multiproxy.inspection import Scores, cluster_scores
 
+from .. import csv_rows
 from ..retrieval.losses import FAMILIES, OURS, load
 from ..retrieval.tasks import TASKS
 from ..retrieval.training import embed, evaluate, proxies_of, train
@@ -50,19 +50,6 @@ def of_proxies(proxies, embeddings, data) -> Scores:
     loss_func.proxies.data = proxies.detach().cpu().contiguous()
     labels = torch.unique(data.coarse, return_inverse=True)[1]
     return cluster_scores(loss_func, embeddings, labels, data.fine).mean
-
-
-def read(path):
-    return list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
-
-
-def append(path, row):
-    new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, row, lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerow(row)
 
 
 def clusters_per_class(data):
@@ -96,7 +83,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
 
     path = args.out / "clusters.csv"
-    done = {(row["task"], row["loss"], int(row["seed"])) for row in read(path)}
+    done = {(row["task"], row["loss"], int(row["seed"])) for row in csv_rows.read(path)}
     wanted = [(task, loss, seed) for task in args.task for loss in LOSSES for seed in range(args.seeds)]
     for task, loss, seed in tqdm([key for key in wanted if key not in done], unit="training"):
         row = {
@@ -110,8 +97,8 @@ def main(argv=None):
             "torch": torch.__version__,
             "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
         }
-        append(path, row)
-    table = make_table(read(path))
+        csv_rows.append(path, row)
+    table = make_table(csv_rows.read(path))
     (args.out / "clusters.md").write_text(table)
     print(table)
 

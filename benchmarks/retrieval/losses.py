@@ -89,6 +89,7 @@ def of_pairs(build):
     return lambda num_classes, size, views, **settings: build(**settings)
 
 
+K_MEANS = "k-means, NormalizedSoftmax"
 FAMILIES = {
     "MultiProxyEntropy": Family(ours, CHOICES | BALANCED, "proxies_per_class"),
     "MultiProxyEntropy, no balance": Family(ours, CHOICES, "proxies_per_class", {"balance_weight": 0.0}),
@@ -131,7 +132,7 @@ FAMILIES = {
         "proxies_per_class",
         {"pair_weight": 0.1, "alpha": 2, "beta": 50, "base": 0.5},
     ),
-    "k-means, NormalizedSoftmax": Family(
+    K_MEANS: Family(
         pml("NormalizedSoftmaxLoss"),
         {"temperature": [0.02, 0.05, 0.1, 0.2, 0.5]},
         "clusters",
@@ -139,10 +140,9 @@ FAMILIES = {
     ),
 }
 OURS = "MultiProxyEntropy"
-K_MEANS = "k-means, NormalizedSoftmax"
 SEVERAL_PROXIES = "SoftTriple", "SubCenterArcFace"
 UNTRAINED = "no training"
-REFERENCES = UNTRAINED, "k-means, NormalizedSoftmax"
+REFERENCES = UNTRAINED, K_MEANS
 """Rows to hold the losses against. The other losses that are not ours are the peers."""
 
 

@@ -1,6 +1,5 @@
 """The rows of one task, in its CSV: one per run, told apart by phase, loss, settings and seed."""
 
-import csv
 import platform
 import time
 from datetime import date
@@ -9,6 +8,7 @@ from statistics import fmean
 
 import torch
 
+from .. import csv_rows
 from .losses import from_text, load, to_text
 from .tasks import IMAGE_TASKS, TASKS
 from .training import DEVICE, run
@@ -31,7 +31,7 @@ class Runs:
     def __init__(self, name, folder, out):
         self.path, self.name, self.folder, self.task = out / f"{name}.csv", name, folder, None
         self.rows, self.found = [], {}
-        for row in csv.DictReader(self.path.read_text().splitlines()) if self.path.exists() else []:
+        for row in csv_rows.read(self.path):
             self.remember(row)
 
     def remember(self, row):
@@ -86,10 +86,5 @@ class Runs:
             "PML": version("pytorch-metric-learning"),
             "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {DEVICE}",
         }
-        new = not self.path.exists()
-        with self.path.open("a", newline="") as file:
-            writer = csv.DictWriter(file, row, lineterminator="\n")
-            if new:
-                writer.writeheader()
-            writer.writerow(row)
+        csv_rows.append(self.path, row)
         self.remember({key: str(value) for key, value in row.items()})

@@ -37,6 +37,8 @@ from tqdm import tqdm
 from pml_multiproxy import MultiProxyEntropyLoss
 from pml_multiproxy._analytic.chunks import CHUNK_BYTES
 
+from .. import csv_rows
+
 RESULTS = Path(__file__).parent / "results"
 MEMORY_LIMIT_MB = 20_000
 Shape = namedtuple("Shape", "B C K D repeats warm_up", defaults=(15, 3))
@@ -234,8 +236,7 @@ def table_of(row):
 
 
 def read(name):
-    path = RESULTS / f"{name}.csv"
-    return list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
+    return csv_rows.read(RESULTS / f"{name}.csv")
 
 
 def store(name, new, shapes):

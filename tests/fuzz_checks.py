@@ -478,7 +478,7 @@ def check_not_finite(case):
     only_good.case = replace(case, reducer="sum")
     only_good.source, only_good.labels = drawn.source.detach()[good].requires_grad_(), drawn.labels[good]
     expected = Expected(only_good)
-    assert_near("usage", drawn.loss_func.proxy_usage, wanted, expected.allowed_usage)
+    assert_near("usage", drawn.loss_func.proxy_usage, wanted, spoilt.allowed_usage)
     if not expected.is_clear:
         return
     exact = expected.exact.losses.detach()

@@ -30,14 +30,15 @@ def prepare(embeddings: Tensor, proxies: Tensor) -> tuple["CosineProducts", Tens
 
 
 def _directions(embeddings: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """As :func:`functional.normalize`, and how long they were, ``(B, 1)``; faster where no square overflows."""
-    converted = embeddings.to(dtype)
+    """As :func:`functional.normalize`, and what they were divided by, ``(B, 1)``; faster where no square overflows."""
+    converted, shortest = embeddings.to(dtype), functional.shortest(embeddings.dtype)
     if embeddings.device.type == "cpu":
-        lengths: Tensor = torch.linalg.vector_norm(converted, dim=1, keepdim=True)
+        lengths = torch.linalg.vector_norm(converted, dim=1, keepdim=True)
         if _sum_is_finite(lengths):
-            return converted / lengths.clamp_min(functional.shortest(embeddings.dtype)), lengths
+            divisors = lengths.clamp_min_(shortest)
+            return converted / divisors, divisors
     queries = functional.normalize(embeddings, dtype)
-    return queries, (converted * queries).sum(dim=1, keepdim=True)
+    return queries, (converted * queries).sum(dim=1, keepdim=True).clamp_min_(shortest)
 
 
 def _sum_is_finite(lengths: Tensor) -> bool:
@@ -51,16 +52,14 @@ class CosineProducts:
     along the vector is taken away, which changes its length only.
     """
 
-    def __init__(
-        self, dtype: torch.dtype, queries: Tensor, query_lengths: Tensor, lengths: Tensor, inverse: Tensor
-    ) -> None:
-        """``queries``: the embeddings at unit length, which were of this dtype and these lengths, ``(B, 1)``;
+    def __init__(self, dtype: torch.dtype, queries: Tensor, divisors: Tensor, lengths: Tensor, inverse: Tensor) -> None:
+        """``queries``: the embeddings, which were of this dtype, after division by ``divisors``, ``(B, 1)``;
         ``lengths`` of all proxies, ``(C * K, 1)``, and 1 over them.
         """
-        self.dtype, self.queries, self.query_lengths = dtype, queries, query_lengths
+        self.dtype, self.queries, self.divisors = dtype, queries, divisors
         self.lengths, self.inverse = lengths, inverse
         self.parameters: tuple[Tensor, ...] = ()
-        self.saved: tuple[Tensor, ...] = (queries, query_lengths, lengths, inverse)
+        self.saved: tuple[Tensor, ...] = (queries, divisors, lengths, inverse)
         self.scratch: Tensor | None = None
 
     def __call__(self, proxies: Tensor, rows: slice) -> Tensor:
@@ -78,18 +77,18 @@ class CosineProducts:
         if self.scratch is None:
             self.scratch = torch.empty_like(proxies)
         along = torch.mul(grad_proxies, proxies, out=self.scratch[: len(proxies)]).sum(dim=1, keepdim=True)
-        grad_proxies.addcmul_(proxies, along.mul_(self._projection(rows)), value=-1)
+        grad_proxies.addcmul_(proxies, along.div_(self._squared_lengths(rows)), value=-1)
 
     def grad_embeddings(self, grad_queries: Tensor) -> Tensor:
-        shortest, lengths = functional.shortest(self.dtype), self.query_lengths
-        along = (grad_queries * self.queries).sum(dim=1, keepdim=True).div_(_or_infinite(lengths, shortest))
-        return grad_queries.div_(lengths.clamp_min(shortest)).addcmul_(self.queries, along, value=-1)
+        lengths = _or_infinite(self.divisors, functional.shortest(self.dtype))
+        along = (grad_queries * self.queries).sum(dim=1, keepdim=True).div_(lengths)
+        return grad_queries.div_(self.divisors).addcmul_(self.queries, along, value=-1)
 
     def grad_parameters(self) -> list[Tensor]:
         return []
 
-    def _projection(self, rows: slice) -> Tensor:
-        return _or_infinite(self.lengths[rows], EPS).reciprocal_().square_()
+    def _squared_lengths(self, rows: slice) -> Tensor:
+        return _or_infinite(self.lengths[rows], EPS).square_()
 
 
 class RoundedCosineProducts(CosineProducts):
@@ -102,12 +101,12 @@ class RoundedCosineProducts(CosineProducts):
         self,
         dtype: torch.dtype,
         queries: Tensor,
-        query_lengths: Tensor,
+        divisors: Tensor,
         lengths: Tensor,
         inverse: Tensor,
         to: torch.dtype,
     ) -> None:
-        super().__init__(dtype, queries, query_lengths, lengths, inverse)
+        super().__init__(dtype, queries, divisors, lengths, inverse)
         self.rounded = queries.to(to)
 
     def __call__(self, proxies: Tensor, rows: slice) -> Tensor:
@@ -115,8 +114,8 @@ class RoundedCosineProducts(CosineProducts):
         return torch.mm(directions, self.rounded.T).to(proxies.dtype)
 
     def restored(self, embeddings: Tensor, saved: Sequence[Tensor]) -> "RoundedCosineProducts":
-        queries, query_lengths, lengths, inverse = saved
-        return RoundedCosineProducts(embeddings.dtype, queries, query_lengths, lengths, inverse, self.rounded.dtype)
+        queries, divisors, lengths, inverse = saved
+        return RoundedCosineProducts(embeddings.dtype, queries, divisors, lengths, inverse, self.rounded.dtype)
 
     def add_gradients(
         self, proxies: Tensor, rows: slice, gradient: Tensor, grad_queries: Tensor, grad_proxies: Tensor
@@ -126,7 +125,7 @@ class RoundedCosineProducts(CosineProducts):
         grad_queries.add_(torch.mm(gradient.T, directions.to(gradient.dtype)))
         grad_proxies.copy_(torch.mm(gradient, self.rounded)).mul_(self.inverse[rows])
         along = (grad_proxies * proxies).sum(dim=1, keepdim=True)
-        grad_proxies.addcmul_(proxies, along.mul_(self._projection(rows)), value=-1)
+        grad_proxies.addcmul_(proxies, along.div_(self._squared_lengths(rows)), value=-1)
 
 
 def _or_infinite(lengths: Tensor, shortest: float) -> Tensor:

@@ -1,7 +1,7 @@
 r"""The poolings of :mod:`pml_multiproxy.functional` on similarities ``(c, K, B)``, with their derivative written out.
 
 The similarities are overwritten. From them come the class similarities ``pooled``, ``(c, B)``, and the derivative of
-these, one number for each similarity and one for each class similarity.
+these.
 """
 
 import math
@@ -12,17 +12,18 @@ from torch import Tensor
 
 
 class Derivative(NamedTuple):
-    """Of the class similarities by the similarities: the quotient of the two."""
+    """Of the class similarities by the similarities."""
 
     by_proxy: Tensor
-    """``(c, K, B)``; where they are all 0 or 1, they may be ``int8``, which takes a quarter of the memory."""
-    divisor: Tensor
-    """``(c, B)``."""
+    """``(c, K, B)``, to be divided by the divisor; ``int8``, where all are 0 or 1, takes a quarter of the memory."""
+    divisor: Tensor | None
+    """``(c, B)``; ``None``: 1."""
 
     def times_(self, grad_pooled: Tensor) -> Tensor:
         """The gradient of the similarities, ``(c, K, B)``; overwrites ``by_proxy`` and ``grad_pooled``."""
-        by_proxy = self.by_proxy.to(grad_pooled.dtype)
-        return by_proxy.mul_(grad_pooled.div_(self.divisor).unsqueeze(1))
+        if self.divisor is not None:
+            grad_pooled.div_(self.divisor)
+        return self.by_proxy.to(grad_pooled.dtype).mul_(grad_pooled.unsqueeze(1))
 
 
 class Pooling(Protocol):
@@ -59,7 +60,7 @@ class Softmax:
     def derivative(self, compact: bool) -> Derivative:
         # softmax * (1 + (similarity - mean) / temperature)
         by_proxy = self.relative.sub_((self.mean - self.temperature).unsqueeze(1)).mul_(self.powers)
-        return Derivative(by_proxy, self.total.mul_(self.temperature))
+        return Derivative(by_proxy.div_(self.total.mul_(self.temperature).unsqueeze(1)), None)
 
 
 class LogSumExp:
@@ -70,7 +71,7 @@ class LogSumExp:
         self.pooled = largest.add_(self.total.log(), alpha=1 / scale)
 
     def derivative(self, compact: bool) -> Derivative:
-        return Derivative(self.powers, self.total)
+        return Derivative(self.powers.div_(self.total.unsqueeze(1)), None)
 
 
 POOLINGS: dict[str, type[Pooling]] = {"max": Max, "softmax": Softmax, "logsumexp": LogSumExp}

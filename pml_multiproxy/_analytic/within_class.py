@@ -57,9 +57,8 @@ def gradient(
         weight = by_intra * grad_losses
         others = _mean_of_other_views(weight.unsqueeze(0), views)
         result += others * assignment.q - _mean_of_other_views(weight * assignment.q, views)
-    # Over the proxies, it sums to zero. What is left is rounding, that of the likeliest, where large numbers cancel.
-    likeliest = assignment.q.argmax(dim=0, keepdim=True)
-    return result.scatter_add_(0, likeliest, result.sum(dim=0, keepdim=True).neg_())
+    # Over the proxies, it sums to zero. What is left is rounding where large numbers cancel, at the likeliest proxy.
+    return result.sub_(assignment.q * result.sum(dim=0))
 
 
 def _mean_of_other_views(values: Tensor, views: int) -> Tensor:

@@ -7,12 +7,16 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 from numpy.typing import NDArray
+from PIL.Image import Image
 from torch import Tensor
 
 from . import _validation as check
 from .losses import MultiProxyEntropyLoss
 
 Array = NDArray[Any]
+
+MODES_WITHOUT_RGB = ("P", "PA", "LA", "CMYK", "YCbCr", "LAB", "HSV")
+"""Of images of Pillow, whose pixels, taken as numbers, would be drawn in wrong colors, or not at all."""
 
 
 def check_loss(value: object) -> None:
@@ -96,6 +100,8 @@ def image(number: int, value: object) -> Array:
         raise TypeError(
             f"images[{number}] must be an array or a tensor, got {kind}: of (image, label), give the image alone"
         )
+    if isinstance(value, Image) and value.mode in MODES_WITHOUT_RGB:
+        value = value.convert("RGBA")
     array = value.detach().cpu().double().numpy() if isinstance(value, Tensor) else np.asarray(value)
     if array.ndim == 3 and array.shape[0] in (1, 3, 4) and array.shape[2] not in (1, 3, 4):
         array = np.moveaxis(array, 0, 2)

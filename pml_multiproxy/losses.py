@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, distributed
+from torch.nn.utils.parametrize import is_parametrized
 
 from . import _nearest as nearest
 from . import _saving as saving
@@ -283,12 +284,21 @@ class MultiProxyEntropyLoss(ProxyLossModule):
         Args:
             path: of the file, which is replaced if it is there.
 
+        Raises:
+            TypeError: for a ``path`` that is none.
+            ValueError: where the proxies have a parametrization of ``torch.nn.utils``.
+
         >>> import tempfile, pathlib
         >>> path = pathlib.Path(tempfile.mkdtemp()) / "loss.pt"
         >>> MultiProxyEntropyLoss(num_classes=4, embedding_size=8, proxies_per_class=3, scale=20).save(path)
         >>> MultiProxyEntropyLoss.load(path).scale
         20.0
         """
+        if is_parametrized(self, "proxies"):
+            raise ValueError(
+                "proxies must be a parameter to be saved by save(), got a parametrization, which a file cannot hold: "
+                "save state_dict(), or call torch.nn.utils.parametrize.remove_parametrizations(loss_func, 'proxies')"
+            )
         saving.write(self, path)
 
     @classmethod

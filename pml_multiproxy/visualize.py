@@ -190,9 +190,9 @@ def plot_nearest(
         embeddings: ``(B, D)``, finite, a tensor on the device of the proxies or a NumPy array.
         labels: ``(B,)``, integers in ``[0, C)``.
         images: of the samples, in their order: an array, a tensor or a sequence, of which those that are drawn are
-            asked for by number. Each is of shape ``(H, W)``, ``(H, W, channels)`` or ``(channels, H, W)`` with 1, 3 or
-            4 channels. ``uint8``, and other numbers in [0, 1], are drawn as they are; where there are others, the image
-            is scaled from its lowest to its highest value.
+            asked for by number. Each is an image of Pillow or of shape ``(H, W)``, ``(H, W, channels)`` or
+            ``(channels, H, W)`` with 1, 3 or 4 channels. ``uint8``, and other numbers in [0, 1], are drawn as they are;
+            where there are others, the image is scaled from its lowest to its highest value.
         count: how many images for each proxy, at least 1.
         classes: which to draw, in that order. ``None``: all that occur in ``labels``; name them when there are many, as
             each has a row per proxy.

@@ -13,6 +13,7 @@ import pytest
 import torch
 from cases import DISTANCES, make_distance
 from pytorch_metric_learning import reducers, regularizers
+from torch.nn.utils import parametrizations, parametrize
 
 from pml_multiproxy import MultiProxyEntropyLoss
 
@@ -94,6 +95,17 @@ def test_the_weights_of_regularizers_are_in_the_file(path, batch):
     loaded = MultiProxyEntropyLoss.load(path, **{name: make() for name, make in made.items()})
     assert {name: getattr(loaded, name) for name in weights} == weights
     assert loaded(*batch).equal(loss_func(*batch))
+
+
+def test_parametrized_proxies_are_refused(path):
+    loss_func = MultiProxyEntropyLoss(3, 8, proxies_per_class=2)
+    parametrizations.orthogonal(loss_func, "proxies")
+    with pytest.raises(ValueError, match=r"proxies must be a parameter .* got a parametrization"):
+        loss_func.save(path)
+    assert not path.exists()
+    parametrize.remove_parametrizations(loss_func, "proxies")
+    loss_func.save(path)
+    assert MultiProxyEntropyLoss.load(path).proxies.equal(loss_func.proxies)
 
 
 class Scaled(reducers.MeanReducer):

@@ -15,6 +15,7 @@ import torch
 from matplotlib import pyplot as plt
 from matplotlib.collections import LineCollection, PathCollection
 from matplotlib.colors import to_rgba
+from PIL import Image
 from pytorch_metric_learning.distances import CosineSimilarity, DotProductSimilarity, LpDistance
 from sklearn.decomposition import PCA
 
@@ -470,6 +471,19 @@ def test_ranges_of_values():
         (torch.full((2, 3), 7.0), torch.zeros(2, 3)),
     ):
         assert np.allclose(drawn(image)[0], expected), image
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "RGB", "RGBA", "P", "PA", "CMYK", "YCbCr", "HSV"])
+def test_images_of_pillow_are_drawn_in_their_colors(mode, loss_func):
+    """Not in the numbers of a palette's entries, or of other color spaces."""
+    color = (90, 90, 90) if mode in ("L", "LA") else (200, 50, 120)
+    image = Image.new("RGB", (4, 4), color)
+    image = image.convert("P").convert("PA") if mode == "PA" else image.convert(mode)
+    ax = plot_nearest(loss_func, torch.randn(1, 8), torch.tensor([0]), [image], classes=[0])
+    drawn = np.asarray(ax.images[0].get_array())
+    wanted = np.asarray(image.convert("RGB")) / 255
+    assert drawn.shape[:2] == (4, 4)
+    assert np.allclose(drawn[..., :3] if drawn.ndim == 3 else drawn[..., None], wanted, atol=0.01)
 
 
 def test_only_images_that_are_drawn_are_asked_for(loss_func):

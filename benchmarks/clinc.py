@@ -15,8 +15,6 @@ from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
 from torch import nn
 from tqdm import tqdm
 
-from pml_multiproxy.losses import MultiProxyEntropyLoss
-
 from . import csv_rows
 
 RESULTS = Path(__file__).parent / "ablations" / "results"
@@ -48,12 +46,6 @@ class Data:
         self.domain_train = torch.tensor(arrays["superclass"].astype("int64"))[train]
         intents = torch.tensor(arrays["label"].astype("int64"))
         self.intent_train, self.intent_test = intents[train], intents[test]
-
-
-def multi_proxy_entropy(num_classes, proxies_per_class, **settings):
-    """Our loss with the defaults that it had when these runs were made."""
-    before = {"pooling": "max", "temperature": 0.05, "intra_weight": 0.5, "inter_weight": 0.1}
-    return MultiProxyEntropyLoss(num_classes, SIZE, proxies_per_class, **before | settings)
 
 
 class ResidualHead(nn.Module):

@@ -1,4 +1,4 @@
-"""The equations of the README, naively: sample by sample, proxy by proxy, on scalars. The oracle of the tests."""
+"""The equations of :mod:`pml_multiproxy.functional`, naively: by samples and proxies, on scalars. The tests' oracle."""
 
 import math
 

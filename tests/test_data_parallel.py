@@ -127,7 +127,7 @@ def test_usage_group_is_refused_where_it_cannot_work(group):
 
 @on(4)
 def test_pml_wrapper_inside_data_parallel_multiplies_the_proxies_gradient(group):
-    """What the README warns of."""
+    """As docs/several_processes.md warns."""
     rank, size = distributed.get_rank(group), distributed.get_world_size(group)
     assert size == distributed.get_world_size()  # PML's wrapper knows no other group
     one = Model(make_loss()).double().eval()

@@ -119,7 +119,7 @@ def test_other_distances_are_finite_where_pml_is(distance, data, seed, pooling):
     x, w = embeddings.clone().requires_grad_(), loss_func.proxies.detach().flatten(0, 1).requires_grad_()
     matrix = loss_func.distance(x, w)
     gradients = torch.autograd.grad(matrix.sum(), [x, w])
-    # The largest factor on a similarity is 1 / temperature = 20, that on a gradient its square.
+    # The scale and 1 / temperature multiply similarities by 10, gradients by no more than the square of that.
     if all((values.abs() < 1e35).all() for values in (matrix, *gradients)):
         assert_finite(loss_func, embeddings, torch.tensor([0, 1, 1, 0]))
 

@@ -9,15 +9,15 @@ results/dead_proxies.csv, one row per run, goes on from what it holds, and makes
 
 import torch
 
-from pml_multiproxy import functional
+from pml_multiproxy import MultiProxyEntropyLoss, functional
 
 from ..clinc import (
+    SIZE,
     Data,
     ResidualHead,
     make_optimizer,
     make_parser,
     map_at_r,
-    multi_proxy_entropy,
     publish,
     run_all,
     train,
@@ -31,7 +31,7 @@ CASES = {
 REMEDIES = {
     "no remedy": {},
     "k-means": {"k_means": True},
-    "temperature=0.1": {"temperature": 0.1},
+    "temperature=0.05": {"temperature": 0.05},
     "usage_momentum=0.99": {"usage_momentum": 0.99},
     "reseed_below=0.1": {"reseed_below": 0.1},
     "balance_weight=1": {"balance_weight": 1.0},
@@ -65,7 +65,7 @@ def main(argv=None):
         settings = dict(settings)
         k_means = settings.pop("k_means", False)
         head = ResidualHead()
-        loss_func = multi_proxy_entropy(len(labels.unique()), proxies_per_class, **settings)
+        loss_func = MultiProxyEntropyLoss(len(labels.unique()), SIZE, proxies_per_class, **settings)
         if k_means:
             loss_func.init_proxies(data.x_train, labels)
         optimizer = make_optimizer(head, loss_func, lr, proxies_lr)

@@ -3,13 +3,15 @@
 Writes results/kmeans_start.csv, one row per run, goes on from what it holds, and makes results/kmeans_start.md of it.
 """
 
+from pml_multiproxy import MultiProxyEntropyLoss
+
 from ..clinc import (
+    SIZE,
     Data,
     ResidualHead,
     make_optimizer,
     make_parser,
     map_at_r,
-    multi_proxy_entropy,
     publish,
     run_all,
     train,
@@ -26,7 +28,7 @@ def main(argv=None):
     data = Data(args.data)
 
     def run(seed, proxies_per_class, start):
-        head, loss_func = ResidualHead(), multi_proxy_entropy(10, proxies_per_class)
+        head, loss_func = ResidualHead(), MultiProxyEntropyLoss(10, SIZE, proxies_per_class)
         if start == "k-means":
             loss_func.init_proxies(data.x_train, data.domain_train)
         results = {}

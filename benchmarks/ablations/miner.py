@@ -6,15 +6,16 @@ row per run, goes on from what it holds, and makes results/miner.md of it.
 
 from pytorch_metric_learning.losses import MultipleLosses, MultiSimilarityLoss
 
+from pml_multiproxy import MultiProxyEntropyLoss
 from pml_multiproxy.miners import MultiProxyMiner
 
 from ..clinc import (
+    SIZE,
     Data,
     ResidualHead,
     make_optimizer,
     make_parser,
     map_at_r,
-    multi_proxy_entropy,
     publish,
     run_all,
     train,
@@ -23,7 +24,7 @@ from ..clinc import (
 CONFIGURATIONS = {
     "frozen features": {"make_loss": None},
     "MultiSimilarity": {"make_loss": MultiSimilarityLoss},
-    **{f"MultiProxyEntropy, K={k}": {"make_loss": lambda k=k: multi_proxy_entropy(10, k)} for k in (10, 30)},
+    **{f"MultiProxyEntropy, K={k}": {"make_loss": lambda k=k: MultiProxyEntropyLoss(10, SIZE, k)} for k in (10, 30)},
     **{
         f"K={k} + {weight} MultiSimilarity, {how}": {"make_loss": lambda k=k, w=weight, how=how: joined(k, w, how)}
         for k in (10, 30)
@@ -33,7 +34,7 @@ CONFIGURATIONS = {
 
 
 def joined(proxies_per_class, weight, how):
-    proxy_loss = multi_proxy_entropy(10, proxies_per_class)
+    proxy_loss = MultiProxyEntropyLoss(10, SIZE, proxies_per_class)
     miner = MultiProxyMiner(proxy_loss) if how == "with the miner" else None
     return MultipleLosses([proxy_loss, MultiSimilarityLoss()], miners=[None, miner], weights=[1, weight])
 

@@ -7,6 +7,7 @@ per run, goes on from what it holds, and makes results/regularizer.md of it.
 import torch
 from pytorch_metric_learning.losses import SoftTripleLoss
 
+from pml_multiproxy import MultiProxyEntropyLoss
 from pml_multiproxy.regularizers import ProxyEntropyRegularizer
 
 from ..clinc import (
@@ -16,7 +17,6 @@ from ..clinc import (
     make_optimizer,
     make_parser,
     map_at_r,
-    multi_proxy_entropy,
     publish,
     run_all,
     train,
@@ -30,7 +30,7 @@ def soft_triple(**kwargs):
 
 
 def ours(**kwargs):
-    return multi_proxy_entropy(10, K, **kwargs)
+    return MultiProxyEntropyLoss(10, SIZE, K, **kwargs)
 
 
 CONFIGURATIONS = {

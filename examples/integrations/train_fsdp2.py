@@ -3,9 +3,9 @@
     torchrun --standalone --nproc-per-node 2 examples/integrations/train_fsdp2.py --checkpoints checkpoints
 
 The task is that of ../coarse_to_fine.py, for a network without batch normalization, whose statistics FSDP2 would not
-share between the processes. Each process keeps a part of every parameter, the proxies' too, and
-has them as a whole while a module runs. The network computes in bfloat16, the loss in float32. Run the same command
-with more epochs to go on from the last checkpoint, as if never interrupted. Prints MAP@R and the sum of the proxies.
+share between the processes. Each process keeps a part of every parameter, the proxies' too, and has them as a whole
+while a module runs. The network computes in bfloat16, the loss in float32. Run the same command with more epochs to go
+on from the last checkpoint, as if never interrupted. Prints MAP@R and the sum of the proxies.
 
 Where there are so many classes that all proxies do not fit one device even for a moment, take
 pml_multiproxy.distributed.ShardedMultiProxyEntropyLoss instead, which never brings them together.

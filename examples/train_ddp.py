@@ -60,9 +60,7 @@ def main(argv=None):
     for epoch, network in enumerate(train(args.epochs, args.batch_size), start=1):
         if distributed.get_rank() == 0:
             print(f"epoch {epoch}: MAP@R {map_at_r(network):.1f}", flush=True)
-    # The first process is still testing: do not end the group under it. Now and then a process under torchrun still
-    # aborts as Python ends, which PyTorch does without this package, too.
-    distributed.barrier()
+    distributed.barrier()  # the first process is still testing: do not end the group under it
     distributed.destroy_process_group()
 
 

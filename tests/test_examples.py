@@ -13,6 +13,7 @@ import matplotlib.image
 import pytest
 import torch
 from pytorch_metric_learning import reducers
+from two_processes import run_on_two_processes
 
 from pml_multiproxy import MultiProxyEntropyLoss
 
@@ -23,8 +24,8 @@ RUNS = [("SoftTripleLoss", 2), ("SubCenterArcFaceLoss", 2), ("ProxyAnchorLoss", 
 METRICS = ["precision_at_1", "r_precision", "mean_average_precision_at_r"]
 
 
-def run(name, *arguments, start=("-W", "error::FutureWarning")):
-    command = [sys.executable, *start, str(ROOT / "examples" / name), *map(str, arguments)]
+def run(name, *arguments):
+    command = [sys.executable, "-W", "error::FutureWarning", str(ROOT / "examples" / name), *map(str, arguments)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stderr
     return result.stdout
@@ -187,9 +188,10 @@ def test_start_from_kmeans(example, capsys):
     assert all(0 < value < 100 for row in table for value in row)
 
 
-def test_train_ddp():
-    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    lines = run("train_ddp.py", "--epochs", 2, "--batch-size", 60, start=torchrun).splitlines()
+def test_train_ddp(tmp_path):
+    script = f"import sys\nsys.path.insert(0, {str(ROOT / 'examples')!r})\nimport train_ddp\n"
+    script += "train_ddp.main(['--epochs', '2', '--batch-size', '60'])"
+    lines = run_on_two_processes(tmp_path / "script.py", script).splitlines()
     assert [line.split(":")[0] for line in lines] == ["epoch 1", "epoch 2"]
     assert all(20 < float(line.split()[-1]) < 100 for line in lines)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from torch.distributed import fsdp
+from two_processes import run_on_two_processes
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 RECIPES = {"train_lightning": ["lightning"], "train_accelerate": ["accelerate"], "train_fsdp2": []}
@@ -23,30 +24,26 @@ def skip_without(*packages):
 def run(folder, module, *calls, processes=1):
     """What main() of an example prints, called with each list of arguments in turn.
 
-    One process makes all calls, which saves the imports; several start anew for each, for they come together but once.
+    One process makes all calls, which saves the imports; two start anew for each, for they come together but once.
     """
-    if processes == 1:
-        return start(folder, module, calls, [])
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    return "".join(start(folder, module, [call], torchrun) for call in calls)
-
-
-def start(folder, module, calls, launcher):
-    script = folder / "calls.py"
-    paths = [str(EXAMPLES), str(EXAMPLES / "integrations")]
-    script.write_text(
-        f"import sys\nsys.path[:0] = {paths!r}\nimport {module}\n"
-        f"for arguments in {[list(map(str, arguments)) for arguments in calls]!r}:\n    {module}.main(arguments)\n"
-        # While Python ends, PyTorch now and then aborts at its own threads. What is tested is done by then.
-        + ("import os\nsys.stdout.flush()\nos._exit(0)\n" if launcher else "")
-    )
+    path = folder / "calls.py"
+    if processes == 2:
+        return "".join(run_on_two_processes(path, script(module, [call])) for call in calls)
+    path.write_text(script(module, calls))
     # FSDP2 wants a process group even where there is one process.
     alone = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    environment = {**os.environ, **(alone if module == "train_fsdp2" and not launcher else {})}
-    command = [sys.executable, *launcher, str(script)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    environment = {**os.environ, **(alone if module == "train_fsdp2" else {})}
+    result = subprocess.run([sys.executable, str(path)], capture_output=True, text=True, timeout=300, env=environment)
     assert result.returncode == 0, result.stderr
     return result.stdout
+
+
+def script(module, calls):
+    paths = [str(EXAMPLES), str(EXAMPLES / "integrations")]
+    return (
+        f"import sys\nsys.path[:0] = {paths!r}\nimport {module}\n"
+        f"for arguments in {[list(map(str, arguments)) for arguments in calls]!r}:\n    {module}.main(arguments)\n"
+    )
 
 
 def check_resuming(tmp_path, recipe, processes):

@@ -2,8 +2,6 @@
 
 import math
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +15,7 @@ from datasets import Dataset, DatasetDict
 from sentence_transformers import SentenceTransformerTrainer as LibraryTrainer
 from sentence_transformers import SentenceTransformerTrainingArguments
 from transformers import TrainerCallback, set_seed
+from two_processes import run_on_two_processes
 
 from pml_multiproxy import losses
 from pml_multiproxy.sentence_transformers import LOSS_FILE, MultiProxyEntropyLoss, SentenceTransformerTrainer
@@ -340,10 +339,6 @@ print("equal", flush=True)
 
 @pytest.mark.slow
 def test_two_processes_share_proxies_and_usage_and_resume_exactly(tmp_path):
-    script = tmp_path / "script.py"
     examples = str(Path(__file__).parent.parent / "examples")
-    script.write_text(TWO_PROCESSES.format(examples=examples, folder=str(tmp_path / "run")))
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    result = subprocess.run([sys.executable, *torchrun, str(script)], capture_output=True, text=True, timeout=600)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.count("equal") == 2
+    script = TWO_PROCESSES.format(examples=examples, folder=str(tmp_path / "run"))
+    assert run_on_two_processes(tmp_path / "script.py", script).count("equal") == 2

@@ -1,0 +1,20 @@
+"""Scripts on two processes, which torchrun starts."""
+
+import subprocess
+import sys
+
+ENDING = """
+import os, sys
+sys.stdout.flush()
+os._exit(0)
+"""
+"""Gloo's threads now and then abort a process in which Python ends (pytorch/pytorch#117762), when all is done."""
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+
+
+def run_on_two_processes(path, script):
+    """What both print; ``path`` is where to write the script."""
+    path.write_text(script + ENDING)
+    result = subprocess.run([*TORCHRUN, str(path)], capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0, result.stderr
+    return result.stdout

@@ -96,8 +96,8 @@ class MultiProxyEntropyLoss(ProxyLossModule):
             call the loss as often as the others, all in training or none; one that has no samples calls it with none.
             With equal local batches, the mean as reducer and no miner, the result is that of one process with the
             whole batch.
-        reseed_below: where above 0, dead proxies are moved, see above: from 0 (never) to below 1; 0.1 is a good first
-            try.
+        reseed_below: where above 0, dead proxies are moved, see above: from 0 (never) to below 1. Try 0.1 where many
+            proxies are unused.
         views: :math:`V`, at least 1: how many views of each sample a batch holds, see above.
         classes_per_chunk: how many classes to hold in memory at a time. The result is the same: fewer take less memory,
             and more time in backward, which then computes similarities once more. ``None``: all, while their

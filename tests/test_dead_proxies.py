@@ -1,4 +1,4 @@
-"""One sample of a class per batch, the hardest case: what docs/around.md recommends keeps the proxies alive."""
+"""One sample of a class per batch, the hardest case: enough balance keeps the proxies alive."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""What keeps proxies in use where a batch holds few samples of a class, and where there are many proxies.
+"""How many proxies are used where a batch holds few samples of a class, or where there are many proxies.
 
 On the features and the network of clinc.py: its ten domains as classes, with a batch of 16 (1.6 samples of each class)
 and ten proxies, and with a batch of 128 and thirty proxies; its 150 intents as classes, with a batch of 128 (0.85
@@ -28,8 +28,8 @@ CASES = {
     "10 classes, batch 128, K=30": {"classes": "domain", "proxies_per_class": 30},
     "150 classes, batch 128, K=10": {"classes": "intent"},
 }
-REMEDIES = {
-    "no remedy": {},
+CHANGES = {
+    "defaults": {},
     "k-means": {"k_means": True},
     "temperature=0.05": {"temperature": 0.05},
     "usage_momentum=0.99": {"usage_momentum": 0.99},
@@ -40,9 +40,7 @@ REMEDIES = {
     "k-means, reseed_below=0.1": {"k_means": True, "reseed_below": 0.1},
 }
 CONFIGURATIONS = {
-    f"{case}: {remedy}": {**CASES[case], "settings": settings}
-    for case in CASES
-    for remedy, settings in REMEDIES.items()
+    f"{case}: {change}": {**CASES[case], "settings": settings} for case in CASES for change, settings in CHANGES.items()
 }
 
 

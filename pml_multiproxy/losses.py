@@ -285,7 +285,7 @@ class MultiProxyEntropyLoss(ProxyLossModule):
             path: of the file, which is replaced if it is there.
 
         Raises:
-            TypeError: for a ``path`` that is none.
+            TypeError: for a ``path`` that is neither a str nor a pathlib.Path.
             ValueError: where the proxies have a parametrization of ``torch.nn.utils``.
 
         >>> import tempfile, pathlib

@@ -16,7 +16,7 @@ from .losses import MultiProxyEntropyLoss
 Array = NDArray[Any]
 
 MODES_WITHOUT_RGB = ("P", "PA", "LA", "CMYK", "YCbCr", "LAB", "HSV")
-"""Of images of Pillow, whose pixels, taken as numbers, would be drawn in wrong colors, or not at all."""
+"""Of images of Pillow, whose pixels, taken as numbers, would be drawn in wrong colours, or not at all."""
 
 
 def check_loss(value: object) -> None:

@@ -1,10 +1,9 @@
 """What a step at the shape "small" of steps.py spends its time on.
 
 First, beside the floor and our loss, a loss that computes nothing: what PML and autograd take around any; and our step
-without PML and checks. Medians of steps that take
-turns. Then by the profiler of PyTorch, mean over many steps. The profiler itself takes time, with every operation; so
-its shares say more than its milliseconds. Operations are large if they read as many numbers as there are similarities.
-Writes results/speed_profile.md.
+without PML and checks. Medians of steps that take turns. Then by the profiler of PyTorch, mean over many steps. The
+profiler itself takes time, with every operation; so its shares say more than its milliseconds. Operations are large if
+they read as many numbers as there are similarities. Writes results/speed_profile.md.
 """
 
 from collections import defaultdict

@@ -65,6 +65,8 @@ class Evaluated:
             self.units = dict(
                 zip(names, [max(largest(s), low) for s, low in zip(slopes, least, strict=True)], strict=True)
             )
+            # How much of that unit the gradient of a similarity is.
+            self.part = min(max(largest(*gradients_of(total, [self.s])) / unit, 1e-2), 1.0)
 
 
 def gradients_of(value, inputs):
@@ -177,7 +179,8 @@ class Expected:
             exact = self.exact.gradients[name]
             # A gradient that vanishes is what remains of larger ones.
             behind = "proxies" if name.startswith("proxies") else name
-            scale = max(largest(exact), largest(self.exact.gradients[behind]), 1e-2 * self.exact.units[behind])
+            before = self.exact.part * self.exact.units[behind]
+            scale = max(largest(exact), largest(self.exact.gradients[behind]), before)
             allowed = self.allowed(lambda evaluated, name=name: evaluated.gradients[name], scale)
             if leaf.dtype != self.case.dtype:
                 allowed += 4 * torch.finfo(leaf.dtype).eps * scale + (1e-6 if leaf.dtype == torch.float16 else 0)

@@ -188,6 +188,7 @@ def test_start_from_kmeans(example, capsys):
     assert all(0 < value < 100 for row in table for value in row)
 
 
+@pytest.mark.slow
 def test_train_ddp(tmp_path):
     script = f"import sys\nsys.path.insert(0, {str(ROOT / 'examples')!r})\nimport train_ddp\n"
     script += "train_ddp.main(['--epochs', '2', '--batch-size', '60'])"
@@ -228,6 +229,7 @@ def choices(out):
     return rows
 
 
+@pytest.mark.slow
 def test_choose_proxies(tmp_path):
     arguments = ["choose_proxies.py", "--out", tmp_path, "--epochs", 1]
     printed = run(*arguments, "--trials", 2)

@@ -287,6 +287,7 @@ def test_a_missing_file_is_named_with_its_source(tasks, tmp_path):
         tasks.clinc_coarse(tmp_path / "nowhere")
 
 
+@pytest.mark.slow
 def test_runs_chooses_resumes_and_reports(main, modules, tmp_path):
     names = "MultiProxyEntropy", "SoftTriple"
     first = {name: modules["losses"].to_text(modules["losses"].load()[name][0]) for name in names}

@@ -71,6 +71,7 @@ def test_equals_plain_autograd(distance, pooling, case, mined):
     torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("per_chunk", [2, 7])
 @pytest.mark.parametrize("pooling", functional.POOLINGS)
 def test_float32_is_no_worse_than_plain_autograd(pooling, per_chunk):

@@ -10,8 +10,10 @@ with the number LOCAL_RANK.
 """
 
 import argparse
+import gc
 
 import torch
+import torch.distributed.nn  # imported later (by PyTorch itself), its functions' defaults would hold the group
 from digits import EMBEDDING_SIZE, load_data, make_models, make_optimizer, map_at_r
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -60,6 +62,9 @@ def main(argv=None):
     for epoch, network in enumerate(train(args.epochs, args.batch_size), start=1):
         if distributed.get_rank() == 0:
             print(f"epoch {epoch}: MAP@R {map_at_r(network):.1f}", flush=True)
+    # Gloo's threads end with the group, if nothing holds it. One that is left may abort the process as Python ends, or
+    # hang when the group is collected later: both are PyTorch's, and docs/several_processes.md says more.
+    gc.collect()  # DistributedDataParallel, which holds the group and is in a cycle
     distributed.barrier()  # the first process is still testing: do not end the group under it
     distributed.destroy_process_group()
 

@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 import torch
+import torch.distributed.nn  # as in ../train_ddp.py
 from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration, set_seed
 from torch import nn
@@ -71,6 +72,8 @@ def main(argv=None):
     if accelerator.is_main_process:
         trained = accelerator.unwrap_model(model).cpu()
         print(f"MAP@R {map_at_r(trained.network):.1f}, proxies {trained.loss_func.proxies.double().sum():.9f}")
+    # end_training destroys the process group, which nothing may hold by then: ../train_ddp.py says why.
+    model, optimizer, loader = accelerator.free_memory(model, optimizer, loader)
     accelerator.end_training()
 
 

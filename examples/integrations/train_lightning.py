@@ -15,7 +15,7 @@ from pathlib import Path
 import lightning
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from torch import nn
+from torch import distributed, nn
 from torch.utils.data import DataLoader, DistributedSampler
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for digits.py
@@ -73,6 +73,9 @@ def main(argv=None):
     if trainer.is_global_zero:
         model = model.cpu()
         print(f"MAP@R {map_at_r(model.network):.1f}, proxies {model.loss_func.proxies.double().sum():.9f}")
+    if distributed.is_initialized():
+        distributed.barrier()  # the first process is still testing
+        distributed.destroy_process_group()  # or gloo's threads outlive it: ../train_ddp.py says more
 
 
 if __name__ == "__main__":

@@ -10,8 +10,10 @@ with the number LOCAL_RANK.
 """
 
 import argparse
+import gc
 
 import torch
+import torch.distributed.nn  # before there is a group, which would become the default of its functions
 from digits import EMBEDDING_SIZE, load_data, make_models, make_optimizer, map_at_r
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -60,6 +62,9 @@ def main(argv=None):
     for epoch, network in enumerate(train(args.epochs, args.batch_size), start=1):
         if distributed.get_rank() == 0:
             print(f"epoch {epoch}: MAP@R {map_at_r(network):.1f}", flush=True)
+    # The threads of gloo end with the group, which what is not collected yet still holds. One that is left now and then
+    # aborts the process while Python ends: pytorch/pytorch#117762.
+    gc.collect()
     distributed.barrier()  # the first process is still testing: do not end the group under it
     distributed.destroy_process_group()
 

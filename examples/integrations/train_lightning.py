@@ -9,13 +9,14 @@ epochs to go on from the last checkpoint, as if never interrupted. Prints MAP@R 
 """
 
 import argparse
+import gc
 import sys
 from pathlib import Path
 
 import lightning
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from torch import nn
+from torch import distributed, nn
 from torch.utils.data import DataLoader, DistributedSampler
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for digits.py
@@ -73,6 +74,10 @@ def main(argv=None):
     if trainer.is_global_zero:
         model = model.cpu()
         print(f"MAP@R {map_at_r(model.network):.1f}, proxies {model.loss_func.proxies.double().sum():.9f}")
+    if distributed.is_initialized():
+        gc.collect()  # for what holds the group: see ../train_ddp.py
+        distributed.barrier()
+        distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import argparse
 import gc
 
 import torch
-import torch.distributed.nn  # imported later (by PyTorch itself), its functions' defaults would hold the group
+import torch.distributed.nn  # before there is a group, which would become the default of its functions
 from digits import EMBEDDING_SIZE, load_data, make_models, make_optimizer, map_at_r
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel

@@ -14,8 +14,7 @@ from pathlib import Path
 names = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
 assert not [name for name in names if "gloo" in name], names
 """
-"""At the end of a script that destroys the process group so that Python can end as usual. Linux only, and not torch 2.5,
-whose threads have other names."""
+"""Fails a script that leaves threads of gloo. On Linux only, and not with torch 2.5, whose threads have other names."""
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 

@@ -62,9 +62,9 @@ def main(argv=None):
     for epoch, network in enumerate(train(args.epochs, args.batch_size), start=1):
         if distributed.get_rank() == 0:
             print(f"epoch {epoch}: MAP@R {map_at_r(network):.1f}", flush=True)
-    # The threads of gloo end with the group, which what is not collected yet still holds. One that is left now and then
-    # aborts the process while Python ends: pytorch/pytorch#117762.
-    gc.collect()
+    # Gloo's threads end with the group, if nothing holds it. One that is left may abort the process as Python ends, or
+    # hang when the group is collected later: both are PyTorch's, and docs/several_processes.md says more.
+    gc.collect()  # DistributedDataParallel, which holds the group and is in a cycle
     distributed.barrier()  # the first process is still testing: do not end the group under it
     distributed.destroy_process_group()
 

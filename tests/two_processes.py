@@ -8,7 +8,13 @@ import os, sys
 sys.stdout.flush()
 os._exit(0)
 """
-"""Gloo's threads now and then abort a process in which Python ends (pytorch/pytorch#117762), when all is done."""
+"""Gloo's threads now and then abort a process in which Python ends (pytorch/pytorch#190489), when all is done."""
+NO_THREAD_OF_GLOO_IS_LEFT = """
+from pathlib import Path
+names = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
+assert not [name for name in names if "gloo" in name], names
+"""
+"""Fails a script that leaves threads of gloo. On Linux only, and not with torch 2.5, whose threads have other names."""
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 

@@ -110,7 +110,7 @@ def measure_on_rank(rank, processes, shape, repeats, folder):
     row |= {"step ms": 1e3 * statistics.median(seconds), "MB proxies": proxies / 1e6, "MB extra": extra / 1e6}
     Path(folder, f"{rank}.json").write_text(json.dumps(row))
     distributed.barrier()
-    os._exit(0)  # gloo's threads may abort a process in which Python ends: pytorch/pytorch#117762
+    os._exit(0)  # gloo's threads may abort a process in which Python ends: pytorch/pytorch#190489
 
 
 def make_step(shape, processes):

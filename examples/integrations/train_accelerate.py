@@ -10,12 +10,11 @@ checkpoint, as if never interrupted. Prints MAP@R and the sum of the proxies.
 """
 
 import argparse
-import gc
 import sys
 from pathlib import Path
 
 import torch
-import torch.distributed.nn  # before there is a group: see ../train_ddp.py
+import torch.distributed.nn  # as in ../train_ddp.py
 from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration, set_seed
 from torch import nn
@@ -73,10 +72,9 @@ def main(argv=None):
     if accelerator.is_main_process:
         trained = accelerator.unwrap_model(model).cpu()
         print(f"MAP@R {map_at_r(trained.network):.1f}, proxies {trained.loss_func.proxies.double().sum():.9f}")
-    # Nothing may hold the group when it is destroyed, or the threads of gloo outlive it: see ../train_ddp.py.
+    # end_training destroys the process group, which nothing may hold by then: ../train_ddp.py says why.
     model, optimizer, loader = accelerator.free_memory(model, optimizer, loader)
-    gc.collect()
-    accelerator.end_training()  # destroys the group
+    accelerator.end_training()
 
 
 if __name__ == "__main__":

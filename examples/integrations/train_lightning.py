@@ -9,7 +9,6 @@ epochs to go on from the last checkpoint, as if never interrupted. Prints MAP@R 
 """
 
 import argparse
-import gc
 import sys
 from pathlib import Path
 
@@ -75,9 +74,8 @@ def main(argv=None):
         model = model.cpu()
         print(f"MAP@R {map_at_r(model.network):.1f}, proxies {model.loss_func.proxies.double().sum():.9f}")
     if distributed.is_initialized():
-        gc.collect()  # for what holds the group: see ../train_ddp.py
-        distributed.barrier()
-        distributed.destroy_process_group()
+        distributed.barrier()  # the first process is still testing
+        distributed.destroy_process_group()  # or gloo's threads outlive it: ../train_ddp.py says more
 
 
 if __name__ == "__main__":

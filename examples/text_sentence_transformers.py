@@ -13,6 +13,8 @@ The same on several processes, where the batch size is that of each:
 """
 
 import argparse
+import gc
+import os
 import tempfile
 from pathlib import Path
 
@@ -21,6 +23,7 @@ import transformers
 from datasets import Dataset
 from sentence_transformers import SentenceTransformerTrainingArguments
 from text_data import COARSE, load_data, make_model, map_at_r
+from torch import distributed
 
 from pml_multiproxy.sentence_transformers import MultiProxyEntropyLoss, SentenceTransformerTrainer
 
@@ -63,13 +66,19 @@ def main(argv=None):
     parser.add_argument("--checkpoints", type=Path, metavar="FOLDER", help="default: none are kept")
     args = parser.parse_args(argv)
     transformers.set_seed(0)
-    print("| training | MAP@R |\n|---|---|")
-    print(f"| none | {map_at_r(make_model()):.1f} |")
+    is_first = os.environ.get("RANK", "0") == "0"  # torchrun sets it
+    if is_first:
+        print(f"| training | MAP@R |\n|---|---|\n| none | {map_at_r(make_model()):.1f} |", flush=True)
     with tempfile.TemporaryDirectory() as temporary:
         for name in [args.views] if args.views else VIEWS:
             trainer = train(name, args.epochs, Path(args.checkpoints or temporary) / name.replace(" ", "-"))
-            if trainer.is_world_process_zero():
+            if is_first:
                 print(f"| {name} | {map_at_r(trainer.model):.1f} |", flush=True)
+    if distributed.is_initialized():
+        del trainer
+        gc.collect()  # DistributedDataParallel, which holds the process group: train_ddp.py says more
+        distributed.barrier()  # the first process is still testing
+        distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

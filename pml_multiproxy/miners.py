@@ -66,8 +66,8 @@ class MultiProxyMiner(BaseMiner):  # type: ignore[misc]
         if not isinstance(loss_func, MultiProxyEntropyLoss):
             raise TypeError(f"loss_func must be a MultiProxyEntropyLoss, got {type(loss_func).__name__}")
         super().__init__(distance=loss_func.distance, **kwargs)
-        # Past torch.nn.Module, which would count the loss's parameters twice where both are saved or trained.
-        object.__setattr__(self, "loss_func", loss_func)
+        # No submodule: its parameters would count twice where miner and loss are both saved or trained.
+        self.__dict__["loss_func"] = loss_func
         self.negative_margin = check.real("negative_margin", negative_margin, "a finite number")
         self.add_to_recordable_attributes(name="negative_margin", is_stat=False)
 

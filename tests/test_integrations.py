@@ -97,6 +97,15 @@ def test_text_example(tmp_path):
 
 
 @pytest.mark.slow
+def test_text_example_on_two_processes(tmp_path):
+    skip_without("sentence_transformers", "datasets", "accelerate")
+    arguments = ["--epochs", 3, "--views", "one view"]
+    printed = run(tmp_path, "text_sentence_transformers", arguments, processes=2)
+    assert printed.count("| none |") == printed.count("| one view |") == 1
+    assert 0 < text_table(printed)["none"] < text_table(printed)["one view"]
+
+
+@pytest.mark.slow
 def test_text_example_shows_what_views_are_worth(tmp_path):
     skip_without("sentence_transformers", "datasets", "accelerate")
     table = text_table(run(tmp_path, "text_sentence_transformers", []))

@@ -298,7 +298,8 @@ def test_mixed_precision(text_data, tmp_path):
 
 
 TWO_PROCESSES = """
-import os, sys, torch
+import os, sys, torch, warnings
+warnings.filterwarnings("error", module="pml_multiproxy")
 sys.path.insert(0, {examples!r})
 from torch import distributed
 from datasets import Dataset

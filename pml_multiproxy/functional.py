@@ -37,7 +37,8 @@ def compute_dtype(*tensors: Tensor) -> torch.dtype:
     """
     dtype = torch.float32
     for tensor in tensors:
-        dtype = torch.promote_types(dtype, tensor.dtype)
+        if tensor.dtype != dtype:
+            dtype = torch.promote_types(dtype, tensor.dtype)
     return dtype
 
 

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from .. import _autocast, functional
 
@@ -69,15 +68,20 @@ class CosineProducts:
         return CosineProducts(embeddings.dtype, *saved)
 
     def add_gradients(
-        self, proxies: Tensor, rows: slice, gradient: Tensor, grad_queries: Tensor, grad_proxies: Tensor
-    ) -> None:
+        self, proxies: Tensor, rows: slice, gradient: Tensor, grad_queries: Tensor | None, grad_proxies: Tensor
+    ) -> Tensor:
         gradient.mul_(self.inverse[rows])
-        grad_queries.addmm_(gradient.T, proxies)
+        if grad_queries is None:
+            grad_queries = torch.mm(gradient.T, proxies)
+        else:
+            grad_queries.addmm_(gradient.T, proxies)
         torch.mm(gradient, self.queries, out=grad_proxies)
         if self.scratch is None:
             self.scratch = torch.empty_like(proxies)
         along = torch.mul(grad_proxies, proxies, out=self.scratch[: len(proxies)]).sum(dim=1, keepdim=True)
-        grad_proxies.addcmul_(proxies, along.div_(self._squared_lengths(rows)), value=-1)
+        lengths = _or_infinite(self.lengths[rows], EPS)
+        grad_proxies.addcmul_(proxies, along.div_(lengths).div_(lengths), value=-1)
+        return grad_queries
 
     def grad_embeddings(self, grad_queries: Tensor) -> Tensor:
         lengths = _or_infinite(self.divisors, functional.shortest(self.dtype))
@@ -86,9 +90,6 @@ class CosineProducts:
 
     def grad_parameters(self) -> list[Tensor]:
         return []
-
-    def _squared_lengths(self, rows: slice) -> Tensor:
-        return _or_infinite(self.lengths[rows], EPS).square_()
 
 
 class RoundedCosineProducts(CosineProducts):
@@ -118,16 +119,18 @@ class RoundedCosineProducts(CosineProducts):
         return RoundedCosineProducts(embeddings.dtype, queries, divisors, lengths, inverse, self.rounded.dtype)
 
     def add_gradients(
-        self, proxies: Tensor, rows: slice, gradient: Tensor, grad_queries: Tensor, grad_proxies: Tensor
-    ) -> None:
+        self, proxies: Tensor, rows: slice, gradient: Tensor, grad_queries: Tensor | None, grad_proxies: Tensor
+    ) -> Tensor:
         directions = proxies * self.inverse[rows]
         gradient = gradient.to(self.rounded.dtype)
-        grad_queries.add_(torch.mm(gradient.T, directions.to(gradient.dtype)))
+        of_chunk = torch.mm(gradient.T, directions.to(gradient.dtype)).to(proxies.dtype)
         grad_proxies.copy_(torch.mm(gradient, self.rounded)).mul_(self.inverse[rows])
         along = (grad_proxies * proxies).sum(dim=1, keepdim=True)
-        grad_proxies.addcmul_(proxies, along.div_(self._squared_lengths(rows)), value=-1)
+        lengths = _or_infinite(self.lengths[rows], EPS)
+        grad_proxies.addcmul_(proxies, along.div_(lengths).div_(lengths), value=-1)
+        return of_chunk if grad_queries is None else grad_queries.add_(of_chunk)
 
 
 def _or_infinite(lengths: Tensor, shortest: float) -> Tensor:
     """Instead of lengths up to the shortest: those vectors were divided by a constant, so that their length counts."""
-    return F.threshold(lengths, shortest, math.inf)
+    return torch.threshold(lengths, shortest, math.inf)

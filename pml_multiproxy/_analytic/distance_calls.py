@@ -44,17 +44,17 @@ class DistanceCalls:
         return DistanceCalls(embeddings.to(self.queries.dtype), self.distance, self.autocast, self.names, saved)
 
     def add_gradients(
-        self, proxies: Tensor, rows: slice, gradient: Tensor, grad_queries: Tensor, grad_proxies: Tensor
-    ) -> None:
+        self, proxies: Tensor, rows: slice, gradient: Tensor, grad_queries: Tensor | None, grad_proxies: Tensor
+    ) -> Tensor:
         similarity, inputs = self._with_graph(self.queries, proxies)
         for_queries, for_proxies, *rest = torch.autograd.grad(
             similarity, inputs, gradient, allow_unused=True, materialize_grads=True
         )
-        grad_queries.add_(for_queries)
         grad_proxies.copy_(for_proxies)
         for i, more in enumerate(rest):
             before = self.gradients[i]
             self.gradients[i] = more if before is None else before + more
+        return for_queries if grad_queries is None else grad_queries + for_queries
 
     def grad_embeddings(self, grad_queries: Tensor) -> Tensor:
         return grad_queries

@@ -107,10 +107,13 @@ def losses_and_terms(
 def _scan(
     similarity: Similarity, proxies: Tensor, positions: Tensor, plan: Plan, hyper: Hyperparameters, keep: bool
 ) -> _Scan:
+    if len(proxies) == 0:
+        none = proxies.new_zeros(len(positions))
+        return _Scan(sums_of_none(none), proxies.new_zeros(proxies.shape[1], len(positions)), none, [])
     others, kept = None, []
+    target_similarities: Any = 0.0  # tensors from the first chunk on
+    target_pooled: Any = 0.0
     several = plan.classes_per_chunk < len(proxies)  # a single chunk may still be in the cache
-    target_similarities = proxies.new_zeros(proxies.shape[1], len(positions))
-    target_pooled = proxies.new_zeros(len(positions))
     for chunk in chunks(proxies, positions, hyper.num_classes, plan.classes_per_chunk):
         similarities = chunk.similarities(similarity)
         target_similarities = chunk.target.gather(similarities, target_similarities)
@@ -119,7 +122,8 @@ def _scan(
         others = add_classes(others, pooling.pooled, chunk.target, hyper.scale)
         if keep:
             kept.append(_Computed(chunk, pooling.pooled, pooling.derivative(compact=several)))
-    return _Scan(others or sums_of_none(target_pooled), target_similarities, target_pooled, kept)
+    assert others is not None
+    return _Scan(others, target_similarities, target_pooled, kept)
 
 
 class _Gradient(torch.autograd.Function):
@@ -155,14 +159,16 @@ class _Gradient(torch.autograd.Function):
             grad_at_target = within_class.gradient(
                 assignment, balance, grad_losses, hyper.weights, hyper.temperature, hyper.views
             )
-            grad_queries = proxies.new_zeros(len(positions), proxies.shape[2])
-            grad_proxies = proxies.new_empty(proxies.shape)
+            grad_queries, grad_proxies = None, proxies.new_empty(proxies.shape)
             for chunk, pooled, derivative in kept or _computed_again(context, similarity, proxies, positions):
                 grad_pooled = logits.of_pooled_(pooled, chunk.target, hyper.scale)
                 gradient = derivative.times_(grad_pooled)
                 chunk.target.add_(gradient, grad_at_target)
                 rows = grad_proxies.flatten(0, 1)[chunk.rows]
-                similarity.add_gradients(chunk.proxies, chunk.rows, gradient.flatten(0, 1), grad_queries, rows)
+                gradient = gradient.flatten(0, 1)
+                grad_queries = similarity.add_gradients(chunk.proxies, chunk.rows, gradient, grad_queries, rows)
+            if grad_queries is None:  # this process holds no class
+                grad_queries = proxies.new_zeros(len(positions), proxies.shape[2])
             grad_parameters = context.layout.reduce_gradients(similarity.grad_parameters())
             grad_embeddings = similarity.grad_embeddings(grad_queries).to(embeddings.dtype)
         return None, None, grad_embeddings, grad_proxies, *grad_parameters

@@ -23,9 +23,12 @@ class Similarity(Protocol):
     def restored(self, embeddings: Tensor, saved: Sequence[Tensor]) -> "Similarity": ...
 
     def add_gradients(
-        self, proxies: Tensor, rows: slice, gradient: Tensor, grad_queries: Tensor, grad_proxies: Tensor
-    ) -> None:
-        """Adds to ``grad_queries`` and fills ``grad_proxies``; may overwrite ``gradient``, ``(P, B)``."""
+        self, proxies: Tensor, rows: slice, gradient: Tensor, grad_queries: Tensor | None, grad_proxies: Tensor
+    ) -> Tensor:
+        """Fills ``grad_proxies``; may overwrite ``gradient``, ``(P, B)``, and ``grad_queries``.
+
+        Returns ``grad_queries``, the sum over the chunks before (``None``: there was none), with that of this one.
+        """
 
     def grad_embeddings(self, grad_queries: Tensor) -> Tensor:
         """From the gradient of what :meth:`__call__` makes of the embeddings; may overwrite it."""

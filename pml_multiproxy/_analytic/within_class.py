@@ -58,7 +58,7 @@ def gradient(
         others = _mean_of_other_views(weight.unsqueeze(0), views)
         result += others * assignment.q - _mean_of_other_views(weight * assignment.q, views)
     # Over the proxies, it sums to zero. What is left is rounding where large numbers cancel, at the likeliest proxy.
-    return result.sub_(assignment.q * result.sum(dim=0))
+    return result.addcmul_(assignment.q, result.sum(dim=0), value=-1)
 
 
 def _mean_of_other_views(values: Tensor, views: int) -> Tensor:

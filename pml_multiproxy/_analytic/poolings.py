@@ -16,8 +16,8 @@ class Derivative(NamedTuple):
 
     by_proxy: Tensor
     """``(c, K, B)``, to be divided by the divisor; ``int8``, where all are 0 or 1, takes a quarter of the memory."""
-    divisor: Tensor | None
-    """``(c, B)``; ``None``: 1."""
+    divisor: Tensor | float | None
+    """``(c, B)``, or the same for all; ``None``: 1."""
 
     def times_(self, grad_pooled: Tensor) -> Tensor:
         """The gradient of the similarities, ``(c, K, B)``; overwrites ``by_proxy`` and ``grad_pooled``."""
@@ -52,15 +52,15 @@ class Softmax:
         # Relative to the largest, so that large similarities do not swallow the temperature.
         largest = similarities.amax(dim=1)
         self.relative, self.temperature = similarities.sub_(largest.unsqueeze(1)), temperature
-        self.powers = (self.relative * (1 / (temperature * math.log(2)))).exp2_()
-        self.total = self.powers.sum(dim=1)
-        self.mean = (self.powers * self.relative).sum(dim=1).div_(self.total)
+        powers = (self.relative * (1 / (temperature * math.log(2)))).exp2_()
+        self.softmax = powers.div_(powers.sum(dim=1, keepdim=True))
+        self.mean = (self.softmax * self.relative).sum(dim=1)
         self.pooled = largest.add_(self.mean)
 
     def derivative(self, compact: bool) -> Derivative:
         # softmax * (1 + (similarity - mean) / temperature)
-        by_proxy = self.relative.sub_((self.mean - self.temperature).unsqueeze(1)).mul_(self.powers)
-        return Derivative(by_proxy.div_(self.total.mul_(self.temperature).unsqueeze(1)), None)
+        by_proxy = self.relative.sub_((self.mean - self.temperature).unsqueeze(1)).mul_(self.softmax)
+        return Derivative(by_proxy, self.temperature)
 
 
 class LogSumExp:

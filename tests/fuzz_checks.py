@@ -58,9 +58,10 @@ class Evaluated:
             weights = torch.randn(self.s.shape, dtype=dtype, generator=torch.Generator().manual_seed(0))
             count = 1 if case.reducer == "sum" else max(len(labels), 1)
             unit = (case.scale + 1 / case.temperature) / count
-            # A gradient of zero is what remains of slopes like these, or of ones that no length takes away.
+            # A gradient of zero is what remains of slopes like these. Where normalizing takes all of them away, as for
+            # L1, each class that is computed by itself still leaves the rounding of what was taken.
             slopes = gradients_of(unit * (self.s * weights).sum(), inputs)
-            least = [1e-3 * unit / max(largest(values), 1e-3) for values in inputs]
+            least = [0.1 * unit / max(largest(values), 1e-3) for values in inputs]
             names = ["embeddings", "proxies", *(f"distance {i}" for i in range(len(parameters)))]
             self.units = dict(
                 zip(names, [max(largest(s), low) for s, low in zip(slopes, least, strict=True)], strict=True)

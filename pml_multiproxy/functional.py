@@ -37,8 +37,7 @@ def compute_dtype(*tensors: Tensor) -> torch.dtype:
     """
     dtype = torch.float32
     for tensor in tensors:
-        if tensor.dtype != dtype:
-            dtype = torch.promote_types(dtype, tensor.dtype)
+        dtype = torch.promote_types(dtype, tensor.dtype)
     return dtype
 
 

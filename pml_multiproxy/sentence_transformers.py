@@ -7,7 +7,6 @@ and PyTorch 2.6 or newer, without which the library cannot resume.
 # This module may be called like the library since a package's own modules are not found by their bare names.
 
 import copy
-import inspect
 from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
@@ -21,17 +20,13 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainerCallback
 
 from . import losses
+from ._data_parallel import SYNC_BUFFERS
 from ._module import SETTINGS
 
 __all__ = ["MultiProxyEntropyLoss", "SentenceTransformerTrainer"]
 
 LOSS_FILE = "loss.pt"
 """Name of the file in a checkpoint that holds the state of the loss."""
-
-# The older of the two names of an option warns from PyTorch 2.13 on.
-_BUFFERS_OF_EACH: dict[str, Any] = {"broadcast_buffers": False}
-if "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters:
-    _BUFFERS_OF_EACH = {"forward_sync_buffers": False}
 
 
 class MultiProxyEntropyLoss(nn.Module):
@@ -153,7 +148,8 @@ class MultiProxyEntropyLoss(nn.Module):
             return self.loss_func
         if not self._parallel:
             # The usage is a buffer, and either updated by all processes together or each one's own.
-            self._parallel.append(DistributedDataParallel(self.loss_func, **_BUFFERS_OF_EACH))
+            options: dict[str, Any] = {SYNC_BUFFERS: False}
+            self._parallel.append(DistributedDataParallel(self.loss_func, **options))
         return self._parallel[0]
 
 

@@ -1,7 +1,5 @@
 """What the tests with several ranks share: models, losses, data, training and comparisons."""
 
-import inspect
-
 import torch
 from cases import LearnedDistance
 from pytorch_metric_learning import distances
@@ -14,11 +12,6 @@ from pml_multiproxy.distributed import ShardedMultiProxyEntropyLoss
 CLASSES, SIZE, PER_CLASS = 11, 6, 3
 UNEVEN = [5, 0, 12, 1]
 """Sizes of the batches of four ranks."""
-
-BROADCAST_BUFFERS = "broadcast_buffers"
-"""The option of DistributedDataParallel, by its name in this version of PyTorch."""
-if "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters:
-    BROADCAST_BUFFERS = "forward_sync_buffers"
 
 DISTANCES = {
     "cosine": distances.CosineSimilarity,

@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 import torch
-from distributed_helpers import BROADCAST_BUFFERS, CLASSES, PER_CLASS, SIZE, Model, assert_close, batches
+from distributed_helpers import CLASSES, PER_CLASS, SIZE, Model, assert_close, batches
 from pytorch_metric_learning import distances
 from pytorch_metric_learning.utils.distributed import DistributedLossWrapper
 from ranks import on
@@ -13,6 +13,7 @@ from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 
 from pml_multiproxy import MultiProxyEntropyLoss
+from pml_multiproxy._data_parallel import SYNC_BUFFERS
 
 
 def assert_same_on_all_ranks(tensor, group):
@@ -32,7 +33,7 @@ def test_data_parallel_is_one_process_with_the_whole_batch(group, broadcasts):
     one = Model(make_loss(margin=0.1)).double()
     model = Model(make_loss(margin=0.1, usage_group=group)).double()
     model.load_state_dict(one.state_dict())
-    parallel = DistributedDataParallel(model, process_group=group, **{BROADCAST_BUFFERS: broadcasts})
+    parallel = DistributedDataParallel(model, process_group=group, **{SYNC_BUFFERS: broadcasts})
     optimizers = [torch.optim.Adam(m.parameters(), lr=0.01) for m in (one, parallel)]
     for inputs, labels in batches(steps=60, sizes=[6] * size):
         for optimizer, loss in zip(

@@ -9,7 +9,6 @@ import pytest
 import torch
 from cases import memory_full_of_nan
 from distributed_helpers import (
-    BROADCAST_BUFFERS,
     CLASSES,
     DISTANCES,
     PER_CLASS,
@@ -28,6 +27,7 @@ from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 
 from pml_multiproxy import functional
+from pml_multiproxy._data_parallel import SYNC_BUFFERS
 from pml_multiproxy.distributed import ShardedMultiProxyEntropyLoss
 from pml_multiproxy.miners import MultiProxyMiner
 
@@ -392,7 +392,7 @@ def test_data_parallel_around_the_sharded_loss_is_refused(group):
             DistributedDataParallel(wrapped, process_group=group)
     if "init_sync" not in inspect.signature(DistributedDataParallel).parameters:  # as in torch 2.5
         return
-    unasked = DistributedDataParallel(model, process_group=group, init_sync=False, **{BROADCAST_BUFFERS: False})
+    unasked = DistributedDataParallel(model, process_group=group, init_sync=False, **{SYNC_BUFFERS: False})
     (inputs, labels), *_ = batches(steps=1, sizes=[6, 6], num_classes=8)
     loss = unasked(inputs[rank], labels[rank])
     with pytest.raises(RuntimeError, match=message):

@@ -79,8 +79,7 @@ class CosineProducts:
         if self.scratch is None:
             self.scratch = torch.empty_like(proxies)
         along = torch.mul(grad_proxies, proxies, out=self.scratch[: len(proxies)]).sum(dim=1, keepdim=True)
-        lengths = _or_infinite(self.lengths[rows], EPS)
-        grad_proxies.addcmul_(proxies, along.div_(lengths).div_(lengths), value=-1)
+        self._project_(grad_proxies, proxies, rows, along)
         return grad_queries
 
     def grad_embeddings(self, grad_queries: Tensor) -> Tensor:
@@ -90,6 +89,11 @@ class CosineProducts:
 
     def grad_parameters(self) -> list[Tensor]:
         return []
+
+    def _project_(self, grad_proxies: Tensor, proxies: Tensor, rows: slice, along: Tensor) -> None:
+        """``along``: the products of gradients and proxies, ``(P, 1)``, which it overwrites."""
+        lengths = _or_infinite(self.lengths[rows], EPS)
+        grad_proxies.addcmul_(proxies, along.div_(lengths).div_(lengths), value=-1)
 
 
 class RoundedCosineProducts(CosineProducts):
@@ -126,8 +130,7 @@ class RoundedCosineProducts(CosineProducts):
         of_chunk = torch.mm(gradient.T, directions.to(gradient.dtype)).to(proxies.dtype)
         grad_proxies.copy_(torch.mm(gradient, self.rounded)).mul_(self.inverse[rows])
         along = (grad_proxies * proxies).sum(dim=1, keepdim=True)
-        lengths = _or_infinite(self.lengths[rows], EPS)
-        grad_proxies.addcmul_(proxies, along.div_(lengths).div_(lengths), value=-1)
+        self._project_(grad_proxies, proxies, rows, along)
         return of_chunk if grad_queries is None else grad_queries.add_(of_chunk)
 
 

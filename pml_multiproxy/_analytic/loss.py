@@ -107,13 +107,10 @@ def losses_and_terms(
 def _scan(
     similarity: Similarity, proxies: Tensor, positions: Tensor, plan: Plan, hyper: Hyperparameters, keep: bool
 ) -> _Scan:
-    if len(proxies) == 0:
-        none = proxies.new_zeros(len(positions))
-        return _Scan(sums_of_none(none), proxies.new_zeros(proxies.shape[1], len(positions)), none, [])
     others, kept = None, []
-    target_similarities: Any = 0.0  # tensors from the first chunk on
-    target_pooled: Any = 0.0
     several = plan.classes_per_chunk < len(proxies)  # a single chunk may still be in the cache
+    target_similarities = proxies.new_zeros(proxies.shape[1], len(positions))
+    target_pooled = proxies.new_zeros(len(positions))
     for chunk in chunks(proxies, positions, hyper.num_classes, plan.classes_per_chunk):
         similarities = chunk.similarities(similarity)
         target_similarities = chunk.target.gather(similarities, target_similarities)
@@ -122,8 +119,7 @@ def _scan(
         others = add_classes(others, pooling.pooled, chunk.target, hyper.scale)
         if keep:
             kept.append(_Computed(chunk, pooling.pooled, pooling.derivative(compact=several)))
-    assert others is not None
-    return _Scan(others, target_similarities, target_pooled, kept)
+    return _Scan(others or sums_of_none(target_pooled), target_similarities, target_pooled, kept)
 
 
 class _Gradient(torch.autograd.Function):

@@ -18,7 +18,7 @@ class Target:
             self.inside = (positions >= start) & (positions < stop)
             self.position = (positions - start).clamp(0, stop - start - 1)  # any position for the others
 
-    def gather(self, values: Tensor, elsewhere: Tensor | float) -> Tensor:
+    def gather(self, values: Tensor, elsewhere: Tensor) -> Tensor:
         """The values at the target classes; those of ``elsewhere`` for targets outside of the chunk."""
         return self._where_inside(values.gather(0, self._index(values))[0], elsewhere)
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from PIL.Image import Image
 from torch import Tensor
 
-from . import _validation as check
+from . import _check as check
 from .losses import MultiProxyEntropyLoss
 
 Array = NDArray[Any]

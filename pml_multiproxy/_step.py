@@ -1,109 +1,153 @@
-"""One call of the loss, from a batch to the loss of each sample; here it is chosen how that is computed."""
+"""One step of the loss, from embeddings to the loss of each sample: by the analytic gradient or by autograd."""
 
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 from torch.autograd import forward_ad
 
+from . import _analytic as analytic
+from . import _shard as sharding
 from . import functional
-from ._analytic import loss as analytic
+from ._analytic import online_softmax, within_class
 from ._analytic.chunks import make_plan
-from ._analytic.similarities import has_products, prepare
-from ._hyperparameters import Hyperparameters
-from ._layout import Layout, LocalLayout
-from ._similarity import similarities
-from ._usage import update_usage_, usage_of_target
+from ._analytic.poolings import POOLINGS
+from ._analytic.products import prepare
+from ._check import Settings
+from ._shard import Shard
+from ._similarity import is_plain_cosine, is_recorded_at_once, record_norms, similarities, without_autocast
 
 Implementation = Literal["analytic", "autograd"]
 
 
-def losses_and_terms(
-    embeddings: Tensor,
-    proxies: Tensor,
-    usage: Tensor,
-    labels: Tensor,
-    distance: Any,
-    classes_per_chunk: int | None,
-    hyper: Hyperparameters,
-    layout: Layout,
-    training: bool,
-) -> analytic.Result:
-    """The loss of each sample. In training, the usage is updated first, in place.
+class Step(NamedTuple):
+    """All that one step of the loss computes with."""
 
-    Args:
-        embeddings: ``(B, D)``, of all processes that share the loss.
-        proxies: ``(c', K, D)``, of the classes of this process.
-        usage: ``(c', K)``, likewise.
-        labels: ``(B,)``, long.
-        distance: of PML.
-        classes_per_chunk: how many at a time; ``None``: by their size.
-        hyper: what is constant over calls.
-        layout: where the classes are.
-        training: whether to update the usage.
-    """
-    dtype, positions = functional.compute_dtype(embeddings, proxies), layout.positions(labels)
-    if _implementation(len(embeddings), proxies, dtype, distance, classes_per_chunk, layout) == "autograd":
-        return _by_autograd(embeddings, proxies, usage, positions, distance, hyper, layout, training)
-    embeddings, proxies = layout.share_of_gradient(embeddings), proxies.to(dtype).contiguous()
-    plan = make_plan(classes_per_chunk, len(embeddings), proxies, dtype)
-    similarity, proxies = prepare(distance, embeddings, proxies)
-    return analytic.losses_and_terms(embeddings, proxies, usage, positions, similarity, plan, hyper, layout, training)
+    embeddings: Tensor
+    """``(B, D)``, of all processes that share the loss."""
+    labels: Tensor
+    """``(B,)``, long."""
+    proxies: Tensor
+    """``(c', K, D)``, of the classes of this process."""
+    usage: Tensor
+    """``(c', K)``, likewise."""
+    usage_group: "distributed.ProcessGroup | str | None"
+    """The processes whose batches update the usage together; ``"world"``: all there are."""
+    updates_usage: bool
+    """Whether this step updates the usage, in place, before it uses it."""
+    distance: Any
+    """Of PML."""
+    settings: Settings
+    shard: Shard
+    """The classes of this process."""
 
 
-def _implementation(
-    batch_size: int,
-    proxies: Tensor,
-    dtype: torch.dtype,
-    distance: Any,
-    classes_per_chunk: int | None,
-    layout: Layout,
-) -> Implementation:
-    if not isinstance(layout, LocalLayout):  # the plain equations have no partial sums
+class Result(NamedTuple):
+    losses: Tensor
+    """``(B,)``."""
+    terms: functional.Terms
+    """For statistics: the analytic gradient does not pass through them."""
+    assignments: Tensor
+    """``(B, K)``, to the proxies of the target class; of no meaning where another process holds that class."""
+
+
+def sample_losses(step: Step) -> Result:
+    """The loss of each sample."""
+    if step.distance.collect_stats and is_recorded_at_once(step.distance):
+        record_norms(step.distance, step.embeddings, step.proxies.flatten(0, 1))
+    return _by_autograd(step) if _implementation(step) == "autograd" else _by_analytic_gradient(step)
+
+
+def _implementation(step: Step) -> Implementation:
+    if step.shard.group is not None:  # the plain equations have no partial sums
         return "analytic"
-    # A compiler makes more of the plain equations, and the analytic gradient is not written for transforms.
-    if torch.compiler.is_compiling() or _is_transformed():
+    # torch.compile optimises the plain equations better, and the analytic gradient has no rules for transforms.
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None or _is_transformed():
         return "autograd"
-    if has_products(distance) and proxies.dtype == dtype:
+    dtype = functional.compute_dtype(step.embeddings, step.proxies)
+    if is_plain_cosine(step.distance) and step.proxies.dtype == dtype:
         return "analytic"
-    # By other distances, autograd does better while all similarities fit at once.
-    return "autograd" if make_plan(classes_per_chunk, batch_size, proxies, dtype).keep else "analytic"
+    # For other distances, autograd is faster while all similarities fit at once.
+    plan = make_plan(step.settings.classes_per_chunk, len(step.labels), step.proxies, dtype)
+    return "autograd" if plan.keep else "analytic"
 
 
 def _is_transformed() -> bool:
-    """Whether a transform of ``torch.func`` or forward-mode differentiation goes on."""
+    """Whether within a transform of ``torch.func`` or forward-mode differentiation."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
-def _by_autograd(
-    embeddings: Tensor,
-    proxies: Tensor,
-    usage: Tensor,
-    positions: Tensor,
-    distance: Any,
-    hyper: Hyperparameters,
-    layout: Layout,
-    training: bool,
-) -> analytic.Result:
-    """By the plain equations, of which a compiler makes more than of the analytic gradient."""
-    to_proxies = torch.unflatten(similarities(distance, embeddings, proxies.flatten(0, 1)), 1, proxies.shape[:2])
-    to_classes = functional.POOLINGS[hyper.pooling](to_proxies, hyper.scale, hyper.temperature)
-    to_target = to_proxies[torch.arange(len(positions), device=positions.device), positions]
-    assignments = functional.assignment(to_target, hyper.temperature)
-    if training:
-        update_usage_(usage, assignments, positions, hyper.usage_momentum, layout)
-    own_usage = usage_of_target(usage, positions, assignments.dtype, layout)
+def _by_analytic_gradient(step: Step) -> Result:
+    settings, positions = step.settings, step.labels - step.shard.start if step.shard.start else step.labels
+    embeddings = sharding.scaled_gradient(step.embeddings, step.shard)
+    products, embeddings, proxies = prepare(step.distance, embeddings, step.proxies)
+    plan = make_plan(settings.classes_per_chunk, len(positions), proxies, proxies.dtype)
+    context = analytic.Context(products, plan, settings)
+    wants_gradient = torch.is_grad_enabled() and (embeddings.requires_grad or proxies.requires_grad)
+    with torch.no_grad(), without_autocast(embeddings.device.type):
+        scan = analytic.scan(context, proxies, positions, keep=plan.keep and wants_gradient)
+        assignment = within_class.assign(scan.target_similarities, settings.temperature, settings.views)
+        balance = within_class.balance(assignment.q, _updated_usage(step, positions, assignment.q.T))
+        partial = sharding.Partial(scan.others, scan.target_pooled, assignment.intra, balance.balance)
+        partial = sharding.reduce(partial, positions, step.shard)
+        classes = online_softmax.class_terms(partial.others, partial.target_similarity, settings.scale, settings.margin)
+        terms = functional.Terms(classes.classification, partial.intra, classes.entropy, partial.balance)
+        losses = _sample_loss(terms, settings)
+    saved = analytic.Saved(positions, assignment, balance, classes)
+    losses = analytic.with_gradient(losses, embeddings, proxies, context, saved, scan.kept)
+    return Result(losses, terms, assignment.q.T)
+
+
+def _by_autograd(step: Step) -> Result:
+    settings, labels, shape = step.settings, step.labels, step.proxies.shape[:2]
+    to_proxies = similarities(step.distance, step.embeddings, step.proxies.flatten(0, 1))
+    to_proxies = torch.unflatten(to_proxies, 1, shape)
+    to_classes = POOLINGS[settings.pooling].equation(to_proxies, settings.scale, settings.temperature)
+    to_target = to_proxies[torch.arange(len(labels), device=labels.device), labels]
+    assignments = functional.assignment(to_target, settings.temperature)
+    if settings.views == 1:
+        intra = functional.intra_class_entropy(to_target, settings.temperature)
+    else:
+        intra = functional.cross_view_entropy(to_target, settings.temperature, settings.views)
     terms = functional.Terms(
-        functional.classification_loss(to_classes, positions, hyper.scale, hyper.margin),
-        _intra_class_entropy(to_target, hyper),
-        functional.inter_class_entropy(to_classes, hyper.scale),
-        functional.balance(assignments, own_usage),
+        functional.classification_loss(to_classes, labels, settings.scale, settings.margin),
+        intra,
+        functional.inter_class_entropy(to_classes, settings.scale),
+        functional.balance(assignments, _updated_usage(step, labels, assignments)),
     )
-    losses = functional.sample_loss(terms, hyper.weights, hyper.num_classes, hyper.proxies_per_class)
-    return analytic.Result(losses, terms, assignments)
+    return Result(_sample_loss(terms, settings), terms, assignments)
 
 
-def _intra_class_entropy(to_target: Tensor, hyper: Hyperparameters) -> Tensor:
-    if hyper.views == 1:
-        return functional.intra_class_entropy(to_target, hyper.temperature)
-    return functional.cross_view_entropy(to_target, hyper.temperature, hyper.views)
+def _sample_loss(terms: functional.Terms, settings: Settings) -> Tensor:
+    return functional.sample_loss(
+        terms,
+        settings.num_classes,
+        settings.proxies_per_class,
+        intra_weight=settings.intra_weight,
+        inter_weight=settings.inter_weight,
+        balance_weight=settings.balance_weight,
+    )
+
+
+def _updated_usage(step: Step, positions: Tensor, assignments: Tensor) -> Tensor:
+    """The usage of each sample's target class, ``(B, K)``, after this batch has updated it, if it does."""
+    if len(step.usage) == 0:
+        return torch.ones_like(assignments)
+    local = sharding.is_local(positions, step.shard)
+    if local is not None:
+        assignments = torch.where(local.unsqueeze(1), assignments, 0)
+        positions = torch.where(local, positions, 0)
+    if step.updates_usage:
+        # Sums for all classes, not for those of the batch: equally long on all processes, these can be added up
+        # without asking how many samples each has. Equal to the last bit everywhere, they keep the usage equal.
+        sums = functional.usage_sums(assignments, positions, len(step.usage))
+        _add_over_processes_(sums, step.usage_group)
+        step.usage.copy_(functional.moved_usage(step.usage, sums, step.settings.usage_momentum))
+    return step.usage.index_select(0, positions).to(assignments.dtype)
+
+
+def _add_over_processes_(sums: Tensor, group: "distributed.ProcessGroup | str | None") -> None:
+    if group is not None and group != "world":
+        distributed.all_reduce(sums, group=group)
+    elif group == "world" and distributed.is_available() and distributed.is_initialized():
+        distributed.all_reduce(sums)

@@ -44,7 +44,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from . import _validation as check
+from . import _check as check
 
 __all__ = ["Agreement", "assignment_agreement", "proxy_agreement"]
 

@@ -5,20 +5,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, distributed
-from torch.distributed.tensor import DTensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
 
-from . import _validation as check
-from ._checkpoints.loading import load_checkpoint
-from ._checkpoints.saving import save_checkpoint
-from ._module import SETTINGS, ProxyLossModule
-from ._saving import describe
-from ._sharding.layout import ShardedLayout
-from ._sharding.ranks import Ranks
+from . import _check as check
+from ._check import Settings
+from ._shard import check_equal, shard_of_rank
+from .losses import MultiProxyEntropyLoss
 
-__all__ = ["ShardedMultiProxyEntropyLoss", "load_checkpoint", "save_checkpoint"]
+__all__ = ["ShardedMultiProxyEntropyLoss"]
 
 
-class ShardedMultiProxyEntropyLoss(ProxyLossModule):
+class ShardedMultiProxyEntropyLoss(MultiProxyEntropyLoss):
     r"""The loss of :class:`~pml_multiproxy.losses.MultiProxyEntropyLoss`, each process holding some of the classes.
 
     Each rank of the group holds the proxies and the usage of a slice of the classes, and brings samples of its own. The
@@ -87,86 +85,69 @@ class ShardedMultiProxyEntropyLoss(ProxyLossModule):
         >>> destroy_process_group()
     """
 
-    _layout: ShardedLayout
-
     def __init__(
         self,
         num_classes: int,
         embedding_size: int,
-        proxies_per_class: int = 30,
-        *,
-        scale: float = 10.0,
-        margin: float = 0.0,
-        pooling: str = "logsumexp",
-        temperature: float = 0.1,
-        intra_weight: float = 0.25,
-        inter_weight: float = 0.0,
-        balance_weight: float = 0.5,
-        usage_momentum: float = 0.9,
-        reseed_below: float = 0.0,
-        views: int = 1,
-        classes_per_chunk: int | None = None,
-        process_group: distributed.ProcessGroup | None = None,
+        *args: Any,
+        process_group: "distributed.ProcessGroup | None" = None,
         **kwargs: Any,
     ) -> None:
         check.process_group("process_group", process_group)
         for name in ("usage_group", "weight_regularizer"):
             if kwargs.get(name) is not None:
                 raise ValueError(f"{name} must be None for proxies that are spread over processes, got {kwargs[name]}")
-        kwargs.pop("usage_group", None)
         group = process_group or distributed.group.WORLD
         if group is None:
             raise RuntimeError("call torch.distributed.init_process_group first: there is no process group yet")
-        super().__init__(
-            num_classes,
-            embedding_size,
-            proxies_per_class,
-            scale=scale,
-            margin=margin,
-            pooling=pooling,
-            temperature=temperature,
-            intra_weight=intra_weight,
-            inter_weight=inter_weight,
-            balance_weight=balance_weight,
-            usage_momentum=usage_momentum,
-            reseed_below=reseed_below,
-            views=views,
-            classes_per_chunk=classes_per_chunk,
-            **kwargs,
-        )
-        ranks = Ranks(group)
-        ranks.agree(self._facts())
-        proxies, usage = self._drawn_on(ranks)
-        layout = ShardedLayout(self.num_classes, ranks, proxies.device.type)
-        self._start(layout, layout.sharded(proxies), layout.sharded(usage))
+        self._group = group  # the base class makes the proxies, which needs it
+        super().__init__(num_classes, embedding_size, *args, **kwargs)
+
+    def _make_proxies(self) -> None:
+        check_equal(self._facts(), self._group)
+        self._shard = shard_of_rank(self.num_classes, self._group)
+        shape = len(self.classes), self.proxies_per_class
+        proxies = torch.empty(*shape, self.embedding_size)
+        self._mesh = DeviceMesh.from_group(self._group, proxies.device.type)
+        self.proxies = torch.nn.Parameter(self._sharded(proxies))
+        self.register_buffer("proxy_usage", self._sharded(torch.empty(shape, dtype=torch.float32)))
+        self.reset_parameters()
 
     @property
     def classes(self) -> range:
-        """Those that this rank holds."""
-        classes: range = self._layout.classes
-        return classes
+        """The classes that this rank holds."""
+        return self._shard.classes
 
-    def _drawn_on(self, ranks: Ranks) -> tuple[Tensor, Tensor]:
-        """From a seed of the first rank, other proxies on each rank; the generators of the ranks stay as they are."""
-        seed = ranks.first(int(torch.randint(2**62, ())))
+    def reset_parameters(self) -> None:
+        """As in the ordinary loss; each rank draws other proxies, from a seed that the first rank draws."""
+        seed = [int(torch.randint(2**62, ()))]
+        distributed.broadcast_object_list(seed, distributed.get_global_rank(self._group, 0), self._group)
         devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-        with torch.random.fork_rng(devices):
-            torch.manual_seed(seed + ranks.rank)
-            return self._drawn(len(ranks.slice_of(self.num_classes)))
+        with torch.random.fork_rng(devices):  # leaves the generators of the ranks as they are
+            torch.manual_seed(seed[0] + distributed.get_rank(self._group))
+            super().reset_parameters()
+
+    def save(self, path: Any) -> None:
+        """Not for this loss: ``torch.distributed.checkpoint`` saves its ``state_dict()``."""
+        raise ValueError("save() is for a loss that holds all classes: use torch.distributed.checkpoint")
+
+    def _sharded(self, local: Tensor) -> DTensor:
+        """The parts ``(c', ...)`` of the ranks as one tensor over all classes."""
+        shape = torch.Size((self.num_classes, *local.shape[1:]))
+        stride = torch.empty(shape, device="meta").stride()
+        return DTensor.from_local(local, self._mesh, [Shard(0)], run_check=False, shape=shape, stride=stride)
 
     def _facts(self) -> dict[str, Any]:
         """What has to be the same on all ranks."""
-        facts = {name: getattr(self, name) for name in SETTINGS}
+        names = [name for name in Settings._fields if name != "classes_per_chunk"]
+        facts = {name: getattr(self, name) for name in [*names, "embedding_reg_weight", "collect_stats"]}
         for name in ("distance", "reducer", "embedding_regularizer"):
-            facts[name] = describe(getattr(self, name))
-        facts["parameters of the distance"] = [float(p.detach().double().sum()) for p in self.distance.parameters()]
-        for name in ("embedding_reg_weight", "collect_stats"):
-            facts[name] = getattr(self, name)
+            facts[name] = _description(getattr(self, name))
         return {**facts, "default dtype": torch.get_default_dtype()}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ShardedMultiProxyEntropyLoss":
         super()._apply(fn, recurse)
-        held, made = self._layout.local(self.proxy_usage).device.type, self._layout.mesh.device_type
+        held, made = self._local(self.proxy_usage).device.type, self._mesh.device_type
         if held != made:
             raise ValueError(
                 f"the proxies must stay on the kind of device that they were made on, {made}, got {held}: make the "
@@ -184,5 +165,12 @@ class ShardedMultiProxyEntropyLoss(ProxyLossModule):
         for name in ("proxies", "proxy_usage"):
             value, whole = state_dict.get(prefix + name), getattr(self, name).shape
             if isinstance(value, Tensor) and not isinstance(value, DTensor) and value.shape == whole:
-                state_dict[prefix + name] = self._layout.sharded(value[self.classes.start : self.classes.stop])
+                state_dict[prefix + name] = self._sharded(value[self.classes.start : self.classes.stop])
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _description(module: torch.nn.Module | None) -> str:
+    """A description that is the same in every process: the class, and settings that are numbers or words."""
+    settings = {} if module is None else vars(module)
+    plain = {name: value for name, value in settings.items() if isinstance(value, (bool, int, float, str))}
+    return f"{type(module).__name__} {plain}"

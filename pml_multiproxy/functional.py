@@ -16,7 +16,6 @@ loss gives them.
 """
 
 import math
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -41,16 +40,32 @@ def compute_dtype(*tensors: Tensor) -> torch.dtype:
     return dtype
 
 
-def shortest(dtype: torch.dtype) -> float:
-    """The shortest length that :func:`normalize` divides a vector of this dtype by.
+def norm_eps(dtype: torch.dtype) -> float:
+    """The smallest norm that :func:`normalize` divides a vector of this dtype by.
 
-    That of :func:`torch.nn.functional.normalize`, except for ``float16``, which can hold neither it nor the gradient of
-    a vector that short: there it is about where the components of a vector become subnormal.
+    It is the one of :func:`torch.nn.functional.normalize`, 1e-12, except for ``float16``: that dtype can hold neither
+    1e-12 nor the gradient of so short a vector.
 
-    >>> shortest(torch.float32), shortest(torch.float16)
+    >>> norm_eps(torch.float32), norm_eps(torch.float16)
     (1e-12, 0.0009765625)
     """
     return 2.0**-10 if dtype == torch.float16 else 1e-12
+
+
+def keep_short(vectors: Tensor, source: torch.dtype) -> Tensor:
+    """Vectors that were cast from the dtype ``source``, changed so that :func:`normalize` treats them as before.
+
+    Only vectors shorter than :func:`norm_eps` of ``source`` change: they become shorter than that of their new dtype.
+
+    >>> half = torch.tensor([[2.0**-12, 0.0]], dtype=torch.float16)
+    >>> normalize(half), normalize(half.float()), normalize(keep_short(half.float(), half.dtype))
+    (tensor([[0.2500, 0.0000]]), tensor([[1., 0.]]), tensor([[0.2500, 0.0000]]))
+    """
+    before, now = norm_eps(source), norm_eps(vectors.dtype)
+    if before == now:
+        return vectors
+    is_short = torch.linalg.vector_norm(vectors.detach(), dim=-1, keepdim=True) < before
+    return torch.where(is_short, vectors * (now / before), vectors)
 
 
 def normalize(vectors: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -58,7 +73,7 @@ def normalize(vectors: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 
     .. math:: \hat x = x \,/\, \max(\lVert x \rVert_2, \epsilon)
 
-    :math:`\epsilon` is :func:`shortest` of the dtype of the vectors.
+    :math:`\epsilon` is :func:`norm_eps` of the dtype of the vectors.
 
     Args:
         vectors: ``(N, D)``, floating point.
@@ -72,7 +87,7 @@ def normalize(vectors: Tensor, dtype: torch.dtype | None = None) -> Tensor:
             [0.0000, 0.0000],
             [0.6000, 0.8000]])
     """
-    eps = shortest(vectors.dtype)
+    eps = norm_eps(vectors.dtype)
     vectors = vectors.to(dtype or compute_dtype(vectors))
     # The squares of a long row would overflow. Dividing it first changes neither the result nor, as the direction does
     # not depend on the length, the gradient: so the divisor needs none.
@@ -102,7 +117,7 @@ def assignment(own_similarities: Tensor, temperature: float) -> Tensor:
 def pool_max(similarities: Tensor, scale: float, temperature: float) -> Tensor:
     r"""Class similarity by the nearest proxy: :math:`z_i(c) = \max_k s(x_i, w_{ck})`.
 
-    Proxies that are equally near share the gradient, so that it does not depend on their order.
+    Similarities that are equal to the last bit share the gradient.
 
     Args:
         similarities: ``(B, C, K)``.
@@ -160,18 +175,10 @@ def pool_logsumexp(similarities: Tensor, scale: float, temperature: float) -> Te
 
 
 def _relative_to_largest(similarities: Tensor) -> tuple[Tensor, Tensor]:
-    """The largest, ``(B, C)``, and the others relative to it, so that large similarities do not swallow the scale."""
-    # Whatever is subtracted here and added later, the gradient is the same.
+    """The largest similarity, ``(B, C)``, and all relative to it: large numbers would lose digits when scaled."""
+    # Detached: a number that is subtracted here and added later leaves the gradient as it is.
     largest = similarities.detach().amax(dim=-1)
     return largest, similarities - largest.unsqueeze(-1)
-
-
-POOLINGS: dict[str, Callable[[Tensor, float, float], Tensor]] = {
-    "max": pool_max,
-    "softmax": pool_softmax,
-    "logsumexp": pool_logsumexp,
-}
-"""The poolings by name: each takes ``(similarities, scale, temperature)``."""
 
 
 def class_distribution(class_similarities: Tensor, scale: float) -> Tensor:
@@ -404,19 +411,15 @@ class Terms(NamedTuple):
     balance: Tensor
 
 
-class Weights(NamedTuple):
-    r"""Weights of the terms: :math:`\lambda_\mathrm{intra}, \lambda_\mathrm{inter}, \lambda_\mathrm{balance} \ge 0`.
-
-    >>> Weights(intra=0.5, inter=0.1, balance=0.5).inter
-    0.1
-    """
-
-    intra: float
-    inter: float
-    balance: float
-
-
-def sample_loss(terms: Terms, weights: Weights, num_classes: int, proxies_per_class: int) -> Tensor:
+def sample_loss(
+    terms: Terms,
+    num_classes: int,
+    proxies_per_class: int,
+    *,
+    intra_weight: float,
+    inter_weight: float,
+    balance_weight: float,
+) -> Tensor:
     r"""The loss of each sample.
 
     .. math::
@@ -427,19 +430,21 @@ def sample_loss(terms: Terms, weights: Weights, num_classes: int, proxies_per_cl
 
     Args:
         terms: each ``(B,)``.
-        weights: of all terms but the classification.
         num_classes: :math:`C`.
         proxies_per_class: :math:`K`.
+        intra_weight: :math:`\lambda_\mathrm{intra}`.
+        inter_weight: :math:`\lambda_\mathrm{inter}`.
+        balance_weight: :math:`\lambda_\mathrm{balance}`.
 
     Returns:
         ``(B,)``, in nats. The constants make the mean of each term at least 0, over the samples that the usage is the
         mean of; the loss of a single sample may be negative.
 
     >>> terms = Terms(*torch.tensor([[1.0], [0.5], [0.25], [-0.5]]))
-    >>> sample_loss(terms, Weights(intra=1.0, inter=1.0, balance=1.0), num_classes=1, proxies_per_class=1)
+    >>> sample_loss(terms, 1, 1, intra_weight=1.0, inter_weight=1.0, balance_weight=1.0)
     tensor([0.7500])
     """
-    loss = torch.add(terms.classification, terms.intra, alpha=weights.intra)
-    loss = torch.sub(loss, terms.inter, alpha=weights.inter)
-    loss = torch.add(loss, terms.balance, alpha=weights.balance)
-    return loss + (weights.inter * math.log(num_classes) + weights.balance * math.log(proxies_per_class))
+    loss = torch.add(terms.classification, terms.intra, alpha=intra_weight)
+    loss = torch.sub(loss, terms.inter, alpha=inter_weight)
+    loss = torch.add(loss, terms.balance, alpha=balance_weight)
+    return loss + (inter_weight * math.log(num_classes) + balance_weight * math.log(proxies_per_class))

@@ -11,8 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from . import _check as check
 from . import _nearest as nearest
-from . import _validation as check
 from .losses import MultiProxyEntropyLoss
 
 __all__ = ["ClusterScores", "Scores", "cluster_scores", "nearest_samples"]

@@ -1,29 +1,37 @@
 """The loss, as PyTorch Metric Learning knows losses."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from pytorch_metric_learning.distances import CosineSimilarity
 from torch import Tensor, distributed
-from torch.nn.utils.parametrize import is_parametrized
 
+from . import _check as check
+from . import _kmeans as kmeans
 from . import _nearest as nearest
 from . import _saving as saving
-from . import _validation as check
+from . import _shard as sharding
+from . import _step as step
 from . import functional
-from ._layout import LocalLayout
-from ._module import ProxyLossModule
-from ._outliers import outliers
-from ._similarity import is_plain_cosine
+from ._analytic.chunks import make_plan
+from ._analytic.poolings import POOLINGS
+from ._check import Settings
+from ._monitor import Statistics, UntrainedProxies, statistics
+from ._pml import ARGUMENTS, ProxyLoss
+from ._shard import Shard
+from ._similarity import is_plain_cosine, is_recorded_at_once, record_norms, similarities
 
 __all__ = ["MultiProxyEntropyLoss"]
 
 
-class MultiProxyEntropyLoss(ProxyLossModule):
+class MultiProxyEntropyLoss(ProxyLoss):
     r"""Classification by several proxies per class; entropy terms make each sample commit to one of them, and bring all
     of them into use.
 
-    Its proxies are a parameter: give ``loss_func.parameters()`` to an optimizer, in PML's trainers as
+    The proxies are a parameter: give ``loss_func.parameters()`` to an optimizer, in PML's trainers as
     ``metric_loss_optimizer``. A learning rate about ten times that of the network is a good first try.
 
     With the symbols of :mod:`pml_multiproxy.functional`, the loss of sample :math:`i` is
@@ -50,11 +58,6 @@ class MultiProxyEntropyLoss(ProxyLossModule):
 
     In ``train()`` mode with gradients enabled, each call first updates the usage with the batch, then uses it. In
     ``eval()`` mode or without gradients it only uses it.
-
-    With ``reseed_below`` > 0, such a call begins by moving dead proxies. A proxy is dead if its usage is below this
-    part of an even share :math:`1/K`. In each class of the batch, one randomly chosen dead proxy is moved onto a random
-    sample of the class, and its usage is set to an even share. This changes the parameter in place, so call
-    ``backward`` before the next call. Frozen proxies (``requires_grad=False``) stay where they are.
 
     **Views.** With ``views=V`` from 2 on, a batch is :math:`V` blocks of equal length, and row :math:`i` of every block
     is a view, a random augmentation, of the same sample. The intra-class entropy of a view then becomes the
@@ -96,8 +99,6 @@ class MultiProxyEntropyLoss(ProxyLossModule):
             call the loss as often as the others, all in training or none; one that has no samples calls it with none.
             With equal local batches, the mean as reducer and no miner, the result is that of one process with the
             whole batch.
-        reseed_below: where above 0, dead proxies are moved, see above: from 0 (never) to below 1. Try 0.1 where many
-            proxies are unused.
         views: :math:`V`, at least 1: how many views of each sample a batch holds, see above.
         classes_per_chunk: how many classes to hold in memory at a time. The result is the same: fewer take less memory,
             and more time in backward, which then computes similarities once more. ``None``: all, while their
@@ -155,7 +156,8 @@ class MultiProxyEntropyLoss(ProxyLossModule):
         torch.Size([6, 2])
     """
 
-    _layout: LocalLayout
+    proxies: torch.nn.Parameter
+    proxy_usage: Tensor
 
     def __init__(
         self,
@@ -172,35 +174,165 @@ class MultiProxyEntropyLoss(ProxyLossModule):
         balance_weight: float = 0.5,
         usage_momentum: float = 0.9,
         usage_group: "distributed.ProcessGroup | str | None" = None,
-        reseed_below: float = 0.0,
         views: int = 1,
         classes_per_chunk: int | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(
-            num_classes,
-            embedding_size,
-            proxies_per_class,
-            scale=scale,
-            margin=margin,
-            pooling=pooling,
-            temperature=temperature,
-            intra_weight=intra_weight,
-            inter_weight=inter_weight,
-            balance_weight=balance_weight,
-            usage_momentum=usage_momentum,
-            reseed_below=reseed_below,
-            views=views,
-            classes_per_chunk=classes_per_chunk,
-            **kwargs,
-        )
+        given = locals()
+        check.keywords(kwargs, [*Settings._fields, "usage_group", *ARGUMENTS], type(self).__name__)
         check.process_group("usage_group", usage_group, also="world")
-        if usage_group is not None and self.reseed_below > 0:
-            raise ValueError(
-                f"reseed_below must be 0 with a usage_group, got {self.reseed_below:g}: each process would move its "
-                "proxies at random and onto samples of its own, and DistributedDataParallel relies on equal proxies"
+        super().__init__(**kwargs)
+        for name in Settings._fields:
+            setattr(self, name, check.CHECKS[name](name, given[name]))
+        self.usage_group = usage_group
+        self.add_to_recordable_attributes(list_of_names=RECORDED, is_stat=False)
+        self.add_to_recordable_attributes(list_of_names=list(Statistics._fields), is_stat=True)
+        self._untrained, self._has_seen_views = UntrainedProxies(), False
+        self._make_proxies()
+
+    def _make_proxies(self) -> None:
+        self._shard = Shard(0, self.num_classes, self.num_classes)
+        shape = self.num_classes, self.proxies_per_class
+        self.proxies = torch.nn.Parameter(torch.empty(*shape, self.embedding_size))
+        self.register_buffer("proxy_usage", torch.empty(shape, dtype=torch.float32))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draws new proxies by ``weight_init_func`` and makes the usage even: after ``to_empty`` from the meta device.
+
+        >>> with torch.device("meta"):
+        ...     loss_func = MultiProxyEntropyLoss(num_classes=4, embedding_size=8)
+        >>> loss_func = loss_func.to_empty(device="cpu")
+        >>> loss_func.reset_parameters()
+        >>> loss_func.proxies.isfinite().all()
+        tensor(True)
+        """
+        proxies, usage = self._written_to()
+        self.weight_init_func(proxies.flatten(0, 1))
+        usage.fill_(1 / self.proxies_per_class)
+
+    def forward(
+        self,
+        embeddings: Tensor,
+        labels: Tensor | None = None,
+        indices_tuple: tuple[Tensor, ...] | None = None,
+        ref_emb: Tensor | None = None,
+        ref_labels: Tensor | None = None,
+    ) -> Tensor:
+        """The reduced loss, as described in the class docstring; ``ref_emb`` and ``ref_labels`` must stay ``None`` or
+        be the embeddings and the labels themselves.
+        """
+        self.reset_stats()
+        check.references(embeddings, labels, ref_emb, ref_labels, self.views)
+        batch = self._checked(embeddings, labels, indices_tuple)
+        dtype = functional.compute_dtype(batch.embeddings, self.proxies)
+        batch = sharding.gather(
+            batch, self._shard, self.views, dtype, is_plain_cosine(self.distance), self._is_training()
+        )
+        loss_dict = self.compute_loss(*batch, batch.embeddings, batch.labels)
+        return self.reduced(loss_dict, batch.embeddings, batch.labels)
+
+    def compute_loss(
+        self,
+        embeddings: Tensor,
+        labels: Tensor,
+        indices_tuple: tuple[Tensor, ...] | None = None,
+        ref_emb: Tensor | None = None,
+        ref_labels: Tensor | None = None,
+    ) -> dict[str, dict[str, Any]]:
+        """One loss per sample, and the weight regularization, before the reducer. Override it to extend the loss.
+
+        Calling the loss calls this method with checked arguments; with the sharded loss, these hold the samples of all
+        ranks.
+        """
+        check.references(embeddings, labels, ref_emb, ref_labels, self.views)
+        settings, proxies, usage = check.settings(self), self._local(self.proxies), self._local(self.proxy_usage)
+        if self._is_training():
+            self._look_for_an_optimizer()
+        result = step.sample_losses(
+            step.Step(
+                embeddings,
+                labels,
+                proxies,
+                usage,
+                self.usage_group,
+                updates_usage=self._is_training(),
+                distance=self.distance,
+                settings=settings,
+                shard=self._shard,
             )
-        self._start(LocalLayout(self.num_classes, usage_group), *self._drawn(self.num_classes))
+        )
+        if self.collect_stats and len(labels):
+            recorded = statistics(result, labels, usage, self.views, self._shard)
+            for name, value in recorded._asdict().items():
+                setattr(self, name, value)
+        return self.loss_dict(result.losses, labels, indices_tuple, proxies)
+
+    def get_logits(self, embeddings: Tensor) -> Tensor:
+        r"""The logits of the classes, :math:`\sigma z_i(c)`: scale included, margin not. Never updates the usage.
+
+        The sharded loss computes those of the classes that its rank holds, of its own embeddings.
+
+        Args:
+            embeddings: ``(B, D)``.
+
+        Returns:
+            ``(B, C)``; of the sharded loss, ``(B, len(classes))``.
+
+        >>> loss_func = MultiProxyEntropyLoss(num_classes=4, embedding_size=8)
+        >>> loss_func.get_logits(torch.randn(5, 8)).shape
+        torch.Size([5, 4])
+        """
+        check.embeddings(embeddings, self.proxies)
+        settings, proxies = check.settings(self), self._local(self.proxies)
+        dtype = functional.compute_dtype(embeddings, proxies)
+        if len(proxies) == 0:
+            return embeddings.new_empty(len(embeddings), 0, dtype=dtype)
+        if self.distance.collect_stats and is_recorded_at_once(self.distance):
+            record_norms(self.distance, embeddings, proxies.flatten(0, 1))
+        count = len(proxies)
+        if not torch.compiler.is_compiling():  # compiled code serves batches of any length, for which plans differ
+            plan = make_plan(settings.classes_per_chunk, len(embeddings), proxies, dtype)
+            count = len(proxies) if plan.keep else plan.classes_per_chunk
+        pooling, pooled = POOLINGS[settings.pooling].equation, []
+        for chunk in torch.split(proxies, count):
+            to_proxies = similarities(self.distance, embeddings, chunk.flatten(0, 1))
+            to_proxies = torch.unflatten(to_proxies, 1, chunk.shape[:2])
+            pooled.append(pooling(to_proxies, settings.scale, settings.temperature))
+        return settings.scale * torch.cat(pooled, dim=1)
+
+    @torch.no_grad()
+    def assign(self, embeddings: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The nearest proxy of each embedding. Never updates the usage.
+
+        With the sharded loss, every rank has to call it, each with its own embeddings. It compares them to the proxies
+        of all ranks.
+
+        Args:
+            embeddings: ``(B, D)``.
+            labels: ``(B,)``, integers in ``[0, C)``: look only among the proxies of these classes. ``None``: among all.
+
+        Returns:
+            The classes and, within them, the proxies: each ``(B,)``, long.
+
+        >>> loss_func = MultiProxyEntropyLoss(num_classes=4, embedding_size=8, proxies_per_class=3)
+        >>> classes, proxies = loss_func.assign(loss_func.proxies[2])
+        >>> classes, proxies
+        (tensor([2, 2, 2]), tensor([0, 1, 2]))
+        """
+        check.embeddings(embeddings, self.proxies)
+        if labels is not None:
+            labels = check.labels(labels, len(embeddings), self.num_classes).to(embeddings.device)
+        proxies = self._local(self.proxies)
+        dtype = functional.compute_dtype(embeddings, proxies)
+        rows, row_labels, sizes = sharding.gather_rows(embeddings, labels, self._shard, dtype, self._is_training())
+        if row_labels is None:
+            largest, position = nearest.nearest_of_all(self.distance, rows, proxies, self._shard)
+        else:
+            largest, position = nearest.nearest_of_target(self.distance, rows, row_labels, proxies, self._shard)
+        found = sharding.nearest(largest, position, sizes, self._shard)
+        return found // self.proxies_per_class, found % self.proxies_per_class
 
     @torch.no_grad()
     def soft_assign(self, embeddings: Tensor, labels: Tensor) -> Tensor:
@@ -226,11 +358,11 @@ class MultiProxyEntropyLoss(ProxyLossModule):
                 [0, 1, 0],
                 [0, 0, 1]], dtype=torch.int32)
         """
-        check.embeddings(embeddings, self.proxies)
+        proxies = self._whole()
+        check.embeddings(embeddings, proxies)
         labels = check.labels(labels, len(embeddings), self.num_classes).to(embeddings.device)
-        return functional.assignment(
-            nearest.to_target(self.distance, embeddings, labels, self.proxies), self.temperature
-        )
+        own = nearest.to_target(self.distance, embeddings, labels, proxies)
+        return functional.assignment(own, check.settings(self).temperature)
 
     @torch.no_grad()
     def get_outliers(
@@ -268,25 +400,72 @@ class MultiProxyEntropyLoss(ProxyLossModule):
                 f"{type(self.distance).__name__} with p={self.distance.p} and power={self.distance.power}"
             )
         degrees = check.real("threshold", threshold, "a number of degrees from 0 to 180", low=0.0, high=180.0)
-        check.embeddings(embeddings, self.proxies)
+        proxies = self._whole()
+        check.embeddings(embeddings, proxies)
         check.finite("embeddings", embeddings)
-        check.finite("proxies", self.proxies)
+        check.finite("proxies", proxies)
         labels = check.labels(labels, len(embeddings), self.num_classes).to(embeddings.device)
-        found, centers = outliers(self.distance, embeddings, labels, self.proxies, degrees)
+        found, centers = nearest.outliers(self.distance, embeddings, labels, proxies, degrees)
         return (found, centers) if return_dominant_centers else found
+
+    @torch.no_grad()
+    def init_proxies(self, embeddings: Tensor, labels: Tensor) -> None:
+        """Starts the proxies of each class at the centroids of its samples, by k-means.
+
+        The k-means is scikit-learn's, one class at a time, with a progress bar if it takes long. The same seed of torch
+        gives the same result. If the distance normalizes embeddings, so does this method: the proxies get unit length,
+        and embeddings of zeros, which have no direction, are left out. If a class has no more distinct samples than
+        proxies, samples are repeated, with a little noise. Classes without samples keep their proxies. The usage
+        becomes the share of the samples that each proxy is the nearest to.
+
+        On several processes: with a ``usage_group``, every process of the group calls it, and all get the result of its
+        first process. With the sharded loss, each rank uses the samples of the classes that it holds, and ignores
+        others.
+
+        Args:
+            embeddings: ``(N, D)``, of the network that will be trained, over enough samples of each class.
+            labels: ``(N,)``, integers in ``[0, C)``.
+
+        Raises:
+            TypeError, ValueError: as when the loss is called; for embeddings that are not finite or so large that
+                distances to proxies overflow; if the proxies are no plain parameter; and on several processes without
+                a ``usage_group``, whose copies of the loss would then differ.
+
+        >>> loss_func = MultiProxyEntropyLoss(num_classes=2, embedding_size=2, proxies_per_class=2)
+        >>> embeddings = torch.tensor([[2.0, 0.0], [3.0, 0.0], [0.0, 1.0], [-1.0, 0.0], [0.0, -1.0], [0.0, -4.0]])
+        >>> loss_func.init_proxies(embeddings, torch.tensor([0, 0, 0, 1, 1, 1]))
+        >>> loss_func.proxies[0].detach().sort(dim=0).values
+        tensor([[0., 0.],
+                [1., 1.]])
+        >>> loss_func.proxy_usage[0].sort().values
+        tensor([0.3333, 0.6667])
+        """
+        check.embeddings(embeddings, self.proxies)
+        labels = check.labels(labels, len(embeddings), self.num_classes).to(embeddings.device)
+        check.finite("embeddings", embeddings)
+        proxies, usage = self._written_to()
+        positions = labels - self._shard.start
+        local = sharding.is_local(positions, self._shard)
+        if local is not None:
+            embeddings, positions = embeddings[local], positions[local]
+        else:
+            sharding.check_replicas(self.usage_group)
+        kmeans.start_(proxies, usage, embeddings, positions, self.distance)
+        if local is None:
+            sharding.copy_from_first_(proxies, usage, self.usage_group)
 
     def save(self, path: str | Path) -> None:
         """Writes settings and state into one file, for :meth:`load`.
 
-        The weights of the regularizers are settings. The distance, the reducer and the regularizers themselves are
-        described in it, not stored.
+        The file holds all that the constructor takes except the distance, the reducer, the regularizers and the
+        ``usage_group``, and whether the loss is in training mode and its proxies require a gradient. It replaces an
+        older file when it is whole.
 
         Args:
-            path: of the file, which is replaced if it is there.
+            path: of the file.
 
         Raises:
-            TypeError: for a ``path`` that is neither a str nor a pathlib.Path.
-            ValueError: where the proxies have a parametrization of ``torch.nn.utils``.
+            ValueError: if the proxies are no plain parameter.
 
         >>> import tempfile, pathlib
         >>> path = pathlib.Path(tempfile.mkdtemp()) / "loss.pt"
@@ -294,12 +473,15 @@ class MultiProxyEntropyLoss(ProxyLossModule):
         >>> MultiProxyEntropyLoss.load(path).scale
         20.0
         """
-        if is_parametrized(self, "proxies"):
-            raise ValueError(
-                "proxies must be a parameter to be saved by save(), got a parametrization, which a file cannot hold: "
-                "save state_dict(), or call torch.nn.utils.parametrize.remove_parametrizations(loss_func, 'proxies')"
-            )
-        saving.write(self, path)
+        self._written_to()  # refuses what a file cannot hold
+        contents = {
+            "settings": self.settings() | {name: plain(getattr(self, name)) for name in SAVED_ARGUMENTS},
+            "modules": saving.names_of_modules(self),
+            "training": self.training,
+            "requires_grad": self.proxies.requires_grad,
+            "state": self.state_dict(),
+        }
+        saving.write(path, contents)
 
     @classmethod
     def load(cls, path: str | Path, map_location: Any = None, **kwargs: Any) -> "MultiProxyEntropyLoss":
@@ -307,26 +489,143 @@ class MultiProxyEntropyLoss(ProxyLossModule):
 
         Args:
             path: of the file.
-            map_location: where to put the tensors, as ``torch.load`` takes it; ``None``: where they were.
-            **kwargs: what a file cannot hold, as the constructor takes it: ``distance``, ``reducer``, regularizers and
-                ``usage_group``. They have to be as they were.
+            map_location: where to put the tensors, as in ``torch.load``; ``None``: where they were.
+            **kwargs: what the file does not hold: ``distance``, ``reducer``, regularizers and ``usage_group``. Make
+                them as they were: only their classes are compared.
 
         Raises:
-            ValueError: for a file that :meth:`save` did not write, or a ``distance``, ``reducer`` or regularizer other
-                than the one that was saved.
+            ValueError: for a damaged or foreign file, and for a ``distance``, ``reducer`` or regularizer of another
+                class than the one that was saved.
         """
-        settings, described, state = saving.read(path, map_location)
+        contents = saving.read(path, map_location)
+        settings, state = contents["settings"], contents["state"]
         for name in sorted(settings.keys() & kwargs.keys()):
             raise ValueError(f"{name} is in the file as {settings[name]!r}, got {kwargs[name]!r}: set it after loading")
         loss_func = cls(**settings, **kwargs)
-        for name, description in described.items():
-            if (given := saving.describe(getattr(loss_func, name))) != description:
-                raise ValueError(f"{name} must be the one that was saved, {description}, got {given}")
+        given = saving.names_of_modules(loss_func)
+        for name, saved in contents["modules"].items():
+            if given[name] != saved:
+                raise ValueError(f"{name} must be of the class that was saved, {saved}, got {given[name]}")
         loss_func.to(state["proxies"].device, state["proxies"].dtype)
         loss_func.load_state_dict(state)
+        loss_func.proxies.requires_grad_(contents["requires_grad"])
+        loss_func.train(contents["training"])
         return loss_func
 
-    @property
-    def usage_group(self) -> "distributed.ProcessGroup | str | None":
-        """As given."""
-        return self._layout.usage_group
+    def settings(self) -> dict[str, Any]:
+        """The hyperparameters by name, as the constructor takes them.
+
+        >>> MultiProxyEntropyLoss(num_classes=4, embedding_size=8, scale=20).settings()["scale"]
+        20.0
+        """
+        return {name: plain(getattr(self, name)) for name in Settings._fields}
+
+    def extra_repr(self) -> str:
+        """The settings, which ``print`` shows."""
+        return ", ".join(f"{name}={value!r}" for name, value in self.settings().items())
+
+    def get_default_distance(self) -> CosineSimilarity:
+        return CosineSimilarity()
+
+    def get_default_weight_init_func(self) -> Callable[[Tensor], None]:
+        return _unit_directions_
+
+    def _checked(self, embeddings: Tensor, labels: object, indices_tuple: object) -> sharding.Batch:
+        """The samples of this process, checked."""
+        check.embeddings(embeddings, self.proxies)
+        checked = check.labels(labels, len(embeddings), self.num_classes)
+        mined = check.indices_tuple(indices_tuple, len(embeddings))
+        # Forgotten views show in the first batch. Looking at every batch would synchronise a GPU.
+        look = self.views > 1 and not (torch.compiler.is_compiling() or checked.is_meta)
+        look = look and (checked.device.type == "cpu" or not self._has_seen_views)
+        check.views(checked, self.views, look)
+        self._has_seen_views = self._has_seen_views or look
+        if self._is_training():
+            check.training_call()
+        return sharding.Batch(_saveable(embeddings), _saveable(checked.to(embeddings.device)), mined)
+
+    def _look_for_an_optimizer(self) -> None:
+        proxies = self.proxies
+        # Proxies that a parametrization computes are no leaf, and belong to no optimizer.
+        if proxies.requires_grad and proxies.is_leaf and not torch.compiler.is_compiling():
+            self._untrained.look(self._local(proxies), proxies.grad)
+
+    def _is_training(self) -> bool:
+        return self.training and torch.is_grad_enabled()
+
+    def _local(self, tensor: Tensor) -> Tensor:
+        """The part of proxies or usage that this process holds, ``(c', ...)``."""
+        return tensor if self._shard.group is None else tensor.to_local()  # type: ignore[attr-defined]
+
+    def _whole(self) -> Tensor:
+        """The proxies ``(C, K, D)``, for methods that need all of them."""
+        if self._shard.group is not None:
+            raise ValueError("the loss must hold all classes for this, got one whose classes are spread over processes")
+        return self.proxies
+
+    def _written_to(self) -> tuple[Tensor, Tensor]:
+        """Proxies and usage of this process, to be changed in place."""
+        proxies = self._parameters.get("proxies")
+        if proxies is None or (hasattr(proxies, "to_local") and self._shard.group is None):
+            raise ValueError(
+                "proxies must be a plain parameter to be set or saved, got one that is computed from others, by a "
+                "parametrization, pruning or fully_shard: do it before, or remove that"
+            )
+        return self._local(proxies), self._local(self.proxy_usage)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in Statistics._fields:
+            raise AttributeError(f"{name} is recorded by calls of a loss that was made with collect_stats=True")
+        return super().__getattr__(name)
+
+    def __getstate__(self) -> dict[str, Any]:
+        if not (self.usage_group is None or self.usage_group == "world"):
+            raise TypeError(
+                "a loss with a process group as its usage_group can be neither copied nor pickled, since the group "
+                'belongs to its process: give usage_group="world", or save its state_dict()'
+            )
+        return self.__dict__.copy()
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        metadata = getattr(destination, "_metadata", {}).get(prefix[:-1])
+        if metadata is not None:  # not among the keys: these stay names of tensors
+            metadata["settings"] = self.settings()
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any
+    ) -> None:
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+        saving.warn_of_other_settings(local_metadata.get("settings", {}), self.settings())
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "MultiProxyEntropyLoss":
+        """Keeps the usage in float32 through ``half()`` and the like: rounding would swallow its momentum."""
+        usage = self.proxy_usage
+        super()._apply(fn, recurse)
+        if self.proxy_usage.dtype != usage.dtype:
+            self.proxy_usage = usage.to(self.proxy_usage.device)
+        return self
+
+
+RECORDED = [name for name in Settings._fields if name != "classes_per_chunk"]
+"""Settings that PML's hooks record once."""
+
+SAVED_ARGUMENTS = ("weight_reg_weight", "embedding_reg_weight", "collect_stats")
+
+
+def plain(value: Any) -> Any:
+    """A number instead of a scalar of NumPy or torch."""
+    return value.tolist() if isinstance(value, (np.generic, Tensor)) else value
+
+
+def _saveable(tensor: Tensor) -> Tensor:
+    """A tensor that autograd can save: those made under ``torch.inference_mode`` are copied."""
+    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or not tensor.is_inference():
+        return tensor
+    return tensor.clone()
+
+
+@torch.no_grad()
+def _unit_directions_(weights: Tensor) -> None:
+    """Fills ``(N, D)`` with random directions of unit length."""
+    weights.copy_(functional.normalize(torch.nn.init.normal_(weights)))

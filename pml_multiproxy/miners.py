@@ -6,7 +6,7 @@ import torch
 from pytorch_metric_learning.miners import BaseMiner
 from torch import Tensor
 
-from . import _validation as check
+from . import _check as check
 from ._similarity import similarities
 from .losses import MultiProxyEntropyLoss
 
@@ -114,4 +114,4 @@ class MultiProxyMiner(BaseMiner):  # type: ignore[misc]
     def _nearest(self, embeddings: Tensor, labels: Tensor) -> Tensor:
         """The position of the nearest proxy of the own class among all proxies, ``(B,)``."""
         classes, proxies = self.loss_func.assign(embeddings, labels)
-        return classes * self.loss_func.proxies_per_class + proxies
+        return classes * self.loss_func.proxies.shape[1] + proxies

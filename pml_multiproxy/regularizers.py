@@ -6,12 +6,12 @@ from typing import Any
 import torch
 from pytorch_metric_learning.distances import CosineSimilarity, DotProductSimilarity, LpDistance
 from pytorch_metric_learning.regularizers import BaseRegularizer
-from pytorch_metric_learning.utils import common_functions as c_f
 from torch import Tensor
 
-from . import _autocast, functional
-from . import _validation as check
-from ._similarity import oriented
+from . import _check as check
+from . import functional
+from ._pml import element_losses
+from ._similarity import lp_distances, oriented, record_norms, without_autocast
 
 __all__ = ["ProxyEntropyRegularizer"]
 
@@ -98,13 +98,7 @@ class ProxyEntropyRegularizer(BaseRegularizer):  # type: ignore[misc]
     def compute_loss(self, weights: Tensor) -> dict[str, dict[str, Any]]:
         """PML's hook: one penalty per proxy."""
         _check_weights(weights, self.proxies_per_class)
-        return {
-            "loss": {
-                "losses": _min_entropy(self._similarities(weights), self.temperature).flatten(),
-                "indices": c_f.torch_arange_from_size(weights),
-                "reduction_type": "element",
-            }
-        }
+        return {"loss": element_losses(_min_entropy(self._similarities(weights), self.temperature).flatten())}
 
     def get_default_distance(self) -> CosineSimilarity:
         return CosineSimilarity()
@@ -112,9 +106,10 @@ class ProxyEntropyRegularizer(BaseRegularizer):  # type: ignore[misc]
     def _similarities(self, weights: Tensor) -> Tensor:
         """``(C, K, K)``: at ``[c, k, j]`` that of proxy ``k`` of class ``c`` to proxy ``j`` of the same class."""
         # The products are few, and in bfloat16 close proxies could not be told apart.
-        with _autocast.without(weights.device.type):
+        with without_autocast(weights.device.type):
             values = _blocks_of(self.distance)(weights, self.proxies_per_class, self.distance)
-        _record_norms(self.distance, weights)
+        if self.distance.collect_stats:  # as one call of the distance with all weights would record
+            record_norms(self.distance, weights, weights)
         return oriented(self.distance, values)
 
 
@@ -141,14 +136,7 @@ def _cosine_blocks(weights: Tensor, per_class: int, _: Any) -> Tensor:
 
 def _lp_blocks(weights: Tensor, per_class: int, distance: LpDistance) -> Tensor:
     points = distance.maybe_normalize(_widened(weights)).reshape(-1, per_class, weights.shape[1])
-    # By way of a product, close proxies would be at a distance of rounding errors, and have a gradient made of them.
-    distances = torch.cdist(points, points, p=distance.p, compute_mode="donot_use_mm_for_euclid_dist")
-    if distance.power == 1:
-        return distances
-    # A power below 1 has an infinite slope at 0, which is where each proxy is from itself.
-    same = distances == 0
-    powers: Tensor = distances.masked_fill(same, 1) ** distance.power
-    return powers.masked_fill(same, 0)
+    return lp_distances(distance, points, points)
 
 
 def _any_blocks(weights: Tensor, per_class: int, distance: Any) -> Tensor:
@@ -163,14 +151,6 @@ def _any_blocks(weights: Tensor, per_class: int, distance: Any) -> Tensor:
 
 def _widened(weights: Tensor) -> Tensor:
     return weights.to(functional.compute_dtype(weights))
-
-
-@torch.no_grad()
-def _record_norms(distance: Any, weights: Tensor) -> None:
-    """What the distance itself would record, had it been called once on all the weights."""
-    if distance.collect_stats:
-        normalized = distance.maybe_normalize(weights)
-        distance.set_default_stats(weights, weights, normalized, normalized)
 
 
 def _check_distance(distance: Any) -> None:

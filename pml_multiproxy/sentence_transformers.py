@@ -21,7 +21,7 @@ from transformers import TrainerCallback
 
 from . import losses
 from ._data_parallel import SYNC_BUFFERS
-from ._module import SETTINGS
+from .losses import RECORDED as SETTINGS
 
 __all__ = ["MultiProxyEntropyLoss", "SentenceTransformerTrainer"]
 

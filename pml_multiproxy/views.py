@@ -7,7 +7,7 @@ import numpy as np
 from pytorch_metric_learning.utils.common_functions import to_numpy
 from torch.utils.data import Dataset, IterableDataset, default_collate
 
-from . import _validation as check
+from . import _check as check
 
 __all__ = ["ViewsDataset", "stack_views"]
 

@@ -21,9 +21,9 @@ try:
 except ModuleNotFoundError as error:
     raise ImportError('pml_multiproxy.visualize needs matplotlib: pip install "pml-multiproxy[visualize]"') from error
 
+from . import _check as check
 from . import _drawing as drawing
 from . import _plot_arguments as arguments
-from . import _validation as check
 from . import functional, inspection
 from ._plot_arguments import Array
 from .losses import MultiProxyEntropyLoss

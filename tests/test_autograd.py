@@ -9,7 +9,8 @@ from pytorch_metric_learning.distances import CosineSimilarity
 from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
-from pml_multiproxy import MultiProxyEntropyLoss, functional
+from pml_multiproxy import MultiProxyEntropyLoss
+from pml_multiproxy._analytic.poolings import POOLINGS
 
 WAYS = {"analytic": {}, "streamed": {"classes_per_chunk": 2}, "autograd": {"distance": make_distance("L2")}}
 
@@ -60,7 +61,7 @@ def test_an_edit_of_proxies_or_labels_before_backward_is_noticed(way):
             loss.backward()
 
 
-@pytest.mark.parametrize("pooling", functional.POOLINGS)
+@pytest.mark.parametrize("pooling", POOLINGS)
 def test_parameters_of_a_distance_get_their_gradient(pooling):
     loss_func = make(distance=LearnedDistance(), pooling=pooling, scale=2, temperature=0.5).eval()
     inputs = batch()
@@ -103,7 +104,7 @@ def test_tensors_of_a_distance_that_would_get_no_gradient_are_refused():
     make(distance=Stray(weight.detach()), classes_per_chunk=2)(*batch()).backward()
 
 
-@pytest.mark.parametrize("pooling", functional.POOLINGS)
+@pytest.mark.parametrize("pooling", POOLINGS)
 @pytest.mark.parametrize("name", ["dot product", "L3, not normalized"])
 def test_large_similarities_do_not_swallow_the_temperature(pooling, name):
     """In float32, streamed and dense are as near to float64 as each other."""

@@ -8,7 +8,8 @@ import pytest
 import torch
 from cases import make_distance
 
-from pml_multiproxy import MultiProxyEntropyLoss, functional
+from pml_multiproxy import MultiProxyEntropyLoss
+from pml_multiproxy._analytic.poolings import POOLINGS
 
 PARAMETERS = Path(__file__).parent.parent / "docs" / "parameters.md"
 
@@ -17,7 +18,7 @@ PARAMETERS = Path(__file__).parent.parent / "docs" / "parameters.md"
     "backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
 )  # inductor needs a C++ compiler
 @pytest.mark.parametrize("views", [1, 2])
-@pytest.mark.parametrize("pooling", functional.POOLINGS)
+@pytest.mark.parametrize("pooling", POOLINGS)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch", "ignore::DeprecationWarning:copyreg")
 def test_training_step_has_no_graph_breaks(backend, pooling, views, batch):
     torch._dynamo.reset()
@@ -50,7 +51,7 @@ class Classifier(torch.nn.Module):
         return self.loss_func.get_logits(self.network(x))
 
 
-@pytest.mark.parametrize("pooling", functional.POOLINGS)
+@pytest.mark.parametrize("pooling", POOLINGS)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch", "ignore::DeprecationWarning:copyreg")
 def test_logits_export_with_a_batch_of_any_length(pooling):
     model = Classifier(pooling).eval()
@@ -77,7 +78,7 @@ ONNX_WARNINGS = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore
 
 @pytest.mark.parametrize(
     ("pooling", "distance"),
-    [*((pooling, "cosine") for pooling in functional.POOLINGS), ("logsumexp", "dot product"), ("logsumexp", "SNR")],
+    [*((pooling, "cosine") for pooling in POOLINGS), ("logsumexp", "dot product"), ("logsumexp", "SNR")],
 )
 @ONNX_WARNINGS
 def test_logits_export_to_onnx_with_a_batch_of_any_length(pooling, distance):

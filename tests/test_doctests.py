@@ -4,6 +4,7 @@ import doctest
 import inspect
 
 import pytest
+from pml_multiproxy._checkpoints import loading, saving
 
 from pml_multiproxy import (
     _kmeans,
@@ -21,7 +22,6 @@ from pml_multiproxy import (
     visualize,
 )
 from pml_multiproxy._analytic import chunks
-from pml_multiproxy._checkpoints import loading, saving
 
 MODULES = [
     _kmeans,

@@ -9,6 +9,7 @@ from cases import DISTANCES, make_distance, memory_full_of_nan
 from torch.func import functional_call
 
 from pml_multiproxy import MultiProxyEntropyLoss, functional
+from pml_multiproxy._analytic.poolings import POOLINGS
 
 SETTINGS = {"scale": 3.0, "temperature": 0.3, "margin": 0.1}
 WEIGHTS = {"intra": 0.7, "inter": 0.4, "balance": 0.6}
@@ -98,7 +99,7 @@ def assert_equals_reference(loss_func, similarity, embeddings, labels, indices_t
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
-@pytest.mark.parametrize("pooling", functional.POOLINGS)
+@pytest.mark.parametrize("pooling", POOLINGS)
 @pytest.mark.parametrize("distance", DISTANCES)
 def test_every_combination(distance, pooling, dtype):
     """Also over shapes, miner tuples and memory layouts."""
@@ -110,7 +111,7 @@ def test_every_combination(distance, pooling, dtype):
 
 @pytest.mark.parametrize("views", [2, 3])
 @pytest.mark.parametrize("per_chunk", [None, 2])
-@pytest.mark.parametrize("pooling", functional.POOLINGS)
+@pytest.mark.parametrize("pooling", POOLINGS)
 @pytest.mark.parametrize("distance", DISTANCES)
 def test_views(distance, pooling, per_chunk, views):
     for shape in SHAPES:
@@ -136,7 +137,7 @@ def test_proxies_of_any_strides(distance, per_chunk, strides):
     assert_equals_reference(loss_func, similarity, embeddings, labels)
 
 
-@pytest.mark.parametrize("pooling", functional.POOLINGS)
+@pytest.mark.parametrize("pooling", POOLINGS)
 def test_eval_mode(pooling):
     loss_func, *rest = make("cosine", SHAPES[0], pooling)
     assert_equals_reference(loss_func.eval(), *rest)
@@ -159,7 +160,7 @@ def test_indices_of_any_integer_dtype(dtype):
 
 @pytest.mark.parametrize("views", [1, 2])
 @pytest.mark.parametrize("per_chunk", [None, 2])
-@pytest.mark.parametrize("pooling", functional.POOLINGS)
+@pytest.mark.parametrize("pooling", POOLINGS)
 @pytest.mark.parametrize("distance", DISTANCES)
 def test_gradcheck(pooling, distance, per_chunk, views):
     loss_func, _, embeddings, labels = make(distance, SHAPES[0], pooling, views=views, classes_per_chunk=per_chunk)
@@ -172,7 +173,7 @@ def test_gradcheck(pooling, distance, per_chunk, views):
 
 
 @pytest.mark.parametrize("shape", [(3, 4, 5), (4, 1, 3)], ids=str)
-@pytest.mark.parametrize("pooling", functional.POOLINGS)
+@pytest.mark.parametrize("pooling", POOLINGS)
 @pytest.mark.parametrize("distance", DISTANCES)
 @torch.no_grad()
 def test_logits_and_assignment(distance, pooling, shape):

@@ -9,7 +9,8 @@ from pytorch_metric_learning import distances
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from pml_multiproxy import MultiProxyEntropyLoss, ProxyEntropyRegularizer, _autocast, functional
+from pml_multiproxy import MultiProxyEntropyLoss, ProxyEntropyRegularizer, _autocast
+from pml_multiproxy._analytic.poolings import POOLINGS
 
 DISTANCES = (
     distances.CosineSimilarity(),
@@ -39,7 +40,7 @@ def autocast(request, monkeypatch):
 
 @pytest.mark.parametrize("options", [{}, RESEEDED_AND_REGULARIZED], ids=["defaults", "reseeding, regularizer"])
 @pytest.mark.parametrize("per_chunk", [None, 7])
-@pytest.mark.parametrize("pooling", functional.POOLINGS)
+@pytest.mark.parametrize("pooling", POOLINGS)
 @pytest.mark.parametrize("distance", DISTANCES, ids=lambda distance: type(distance).__name__)
 @pytest.mark.usefixtures("autocast")
 def test_a_step_looks_at_no_value(distance, pooling, per_chunk, options):

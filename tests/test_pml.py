@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+from pml_multiproxy._statistics import Statistics
 from pytorch_metric_learning import distances, losses, miners, reducers, regularizers, testers, trainers
 from pytorch_metric_learning.utils import common_functions, logging_presets
 from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
@@ -16,7 +17,6 @@ from torch.utils.data import TensorDataset
 
 import pml_multiproxy
 from pml_multiproxy import MultiProxyEntropyLoss
-from pml_multiproxy._statistics import Statistics
 
 # The trainer's progress bar does that with every loss.
 pytestmark = pytest.mark.filterwarnings("ignore:Converting a tensor with requires_grad=True")

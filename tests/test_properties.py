@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 from pytorch_metric_learning import distances
 
 from pml_multiproxy import MultiProxyEntropyLoss, functional
+from pml_multiproxy._analytic.poolings import POOLINGS
 
 seeds = st.integers(0, 2**31 - 1)
 sizes = st.integers(1, 6)
-poolings = st.sampled_from(list(functional.POOLINGS))
+poolings = st.sampled_from(list(POOLINGS))
 
 
 @given(seed=seeds, batch=sizes, count=sizes, magnitude=st.floats(0, 1e30), setting=st.floats(1e-3, 1e3))

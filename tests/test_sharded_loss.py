@@ -26,7 +26,7 @@ from ranks import on
 from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 
-from pml_multiproxy import functional
+from pml_multiproxy._analytic.poolings import POOLINGS
 from pml_multiproxy._data_parallel import SYNC_BUFFERS
 from pml_multiproxy.distributed import ShardedMultiProxyEntropyLoss
 from pml_multiproxy.miners import MultiProxyMiner
@@ -76,7 +76,7 @@ def union(tuples, embeddings):
 @pytest.mark.parametrize("distance", DISTANCES)
 def test_sharded_equals_one_process(group, distance):
     """Every pooling, all at once or some classes at a time, the last rank with fewer classes, ranks without samples."""
-    for pooling in functional.POOLINGS:
+    for pooling in POOLINGS:
         for per_chunk in (None, 2, 1):
             one, sharded = pair_of_losses(group, distance=distance, pooling=pooling, classes_per_chunk=per_chunk)
             assert len(sharded.classes) == (3 if distributed.get_rank(group) < 3 else 2)

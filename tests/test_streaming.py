@@ -13,8 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pytorch_metric_learning import distances
 
-from pml_multiproxy import MultiProxyEntropyLoss, functional
+from pml_multiproxy import MultiProxyEntropyLoss
 from pml_multiproxy._analytic import chunks, poolings
+from pml_multiproxy._analytic.poolings import POOLINGS
 
 DISTANCES = {
     **{name: partial(make_distance, name) for name in ("cosine", "dot product", "L2", "SNR")},
@@ -48,7 +49,7 @@ def plain_step(loss_func, *arguments, **keywords):
 
 @pytest.mark.parametrize("mined", [False, True])
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("pooling", functional.POOLINGS)
+@pytest.mark.parametrize("pooling", POOLINGS)
 @pytest.mark.parametrize("distance", DISTANCES)
 def test_equals_plain_autograd(distance, pooling, case, mined):
     num_classes, per_class, per_chunk = CASES[case]
@@ -73,7 +74,7 @@ def test_equals_plain_autograd(distance, pooling, case, mined):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("per_chunk", [2, 7])
-@pytest.mark.parametrize("pooling", functional.POOLINGS)
+@pytest.mark.parametrize("pooling", POOLINGS)
 def test_float32_is_no_worse_than_plain_autograd(pooling, per_chunk):
     """Up to the noise of rounding: mean error against float64, over several batches, with large logits."""
     errors = {"ours": torch.zeros(3), "plain": torch.zeros(3)}
@@ -88,7 +89,7 @@ def test_float32_is_no_worse_than_plain_autograd(pooling, per_chunk):
     assert (errors["ours"] <= 1.6 * errors["plain"]).all(), errors
 
 
-@pytest.mark.parametrize("pooling", functional.POOLINGS)
+@pytest.mark.parametrize("pooling", POOLINGS)
 @pytest.mark.parametrize("distance", ["cosine", "L2"])
 def test_gradcheck(distance, pooling):
     loss_func = MultiProxyEntropyLoss(
@@ -130,7 +131,7 @@ def test_differentiating_twice_is_refused(per_chunk, batch):
         torch.autograd.grad(loss_func(*batch), batch[0], create_graph=True)
 
 
-@pytest.mark.parametrize("pooling", functional.POOLINGS)
+@pytest.mark.parametrize("pooling", POOLINGS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("distance", ["cosine", "dot product"])
 @pytest.mark.parametrize("per_chunk", [1, 2, 3])
@@ -175,7 +176,7 @@ def test_cosine_does_not_depend_on_lengths(length, per_chunk):
 
 
 @pytest.mark.parametrize("per_chunk", [1, 2, 7])
-@pytest.mark.parametrize("pooling", functional.POOLINGS)
+@pytest.mark.parametrize("pooling", POOLINGS)
 def test_equally_near_proxies_share_the_gradient(pooling, per_chunk, monkeypatch):
     monkeypatch.setattr(chunks, "CHUNK_BYTES", 1)  # also where all is kept, there are several chunks
     loss_func = MultiProxyEntropyLoss(7, 6, 3, pooling=pooling, classes_per_chunk=per_chunk).double().eval()
@@ -198,7 +199,7 @@ def test_proxies_too_short_for_a_direction(per_chunk):
 
 
 @given(
-    seed=st.integers(0, 2**31 - 1), exponent=st.integers(-30, 30), pooling=st.sampled_from(list(functional.POOLINGS))
+    seed=st.integers(0, 2**31 - 1), exponent=st.integers(-30, 30), pooling=st.sampled_from(list(POOLINGS))
 )
 def test_is_finite_where_similarities_are_large(seed, exponent, pooling):
     torch.manual_seed(seed)

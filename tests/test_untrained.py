@@ -4,9 +4,9 @@ import warnings
 
 import pytest
 import torch
+from pml_multiproxy._untrained import PATIENCE
 
 from pml_multiproxy import MultiProxyEntropyLoss
-from pml_multiproxy._untrained import PATIENCE
 
 MESSAGE = "the proxies have had gradients in 100 training calls, but never changed"
 

@@ -1,4 +1,4 @@
-"""Which classes are computed at a time."""
+"""Which classes are computed at a time, and where in such a chunk each sample's target class is."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -6,27 +6,24 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .similarities import Similarity
-from .target import Target
-
 DENSE_BYTES = 2**28
-"""While all similarities would take no more than this, backward finds kept what it needs of them."""
+"""While all similarities take no more than this, forward keeps for backward what it computed."""
 
 CHUNK_BYTES = 2**21
-"""What the similarities of a chunk take on a CPU, in whose cache they stay."""
+"""Size of the similarities of a chunk on a CPU: they stay in its cache."""
 
 CHUNK_BYTES_ELSEWHERE = 2**26
-"""What they take on a GPU, which less would not keep busy."""
+"""Their size on a GPU: smaller chunks would underuse it."""
 
 
 class Plan(NamedTuple):
     classes_per_chunk: int
     keep: bool
-    """Whether backward finds what forward computed, or computes it once more."""
+    """Whether forward keeps its results for backward; otherwise backward computes them again."""
 
 
 def make_plan(classes_per_chunk: int | None, batch_size: int, proxies: Tensor, dtype: torch.dtype) -> Plan:
-    """By the sizes and the kind of device alone, and by ``classes_per_chunk`` where it asks for fewer than all.
+    """From the sizes and the kind of device; ``classes_per_chunk`` counts if it is fewer than all classes.
 
     >>> make_plan(None, 256, torch.empty(11318, 5, 512), torch.float32)
     Plan(classes_per_chunk=409, keep=True)
@@ -42,21 +39,54 @@ def make_plan(classes_per_chunk: int | None, batch_size: int, proxies: Tensor, d
     return Plan(max(chunk_bytes // bytes_per_class, 1), keep)
 
 
+class Target:
+    """Each sample's target class within a chunk, if it is there. Needs no device synchronisation.
+
+    Values of the chunk are ``(c, B)`` or ``(c, K, B)``; values at the target classes are ``(B,)`` or ``(K, B)``.
+    """
+
+    def __init__(self, positions: Tensor, start: int, stop: int, num_classes: int) -> None:
+        """The chunk holds the classes from ``start`` to before ``stop``; ``positions`` are the target classes."""
+        self.position = positions
+        self.inside: Tensor | None = None  # None: the chunk holds every target
+        if stop - start < num_classes:
+            self.inside = (positions >= start) & (positions < stop)
+            self.position = (positions - start).clamp(0, stop - start - 1)  # outside: any position will do
+
+    def gather(self, values: Tensor, elsewhere: Tensor) -> Tensor:
+        """The values at the target classes; for targets outside of the chunk, the values of ``elsewhere``."""
+        return self._where_inside(values.gather(0, self._index(values))[0], elsewhere)
+
+    def put_(self, values: Tensor, at_target: Tensor | float) -> None:
+        index = self._index(values)
+        if self.inside is not None:
+            at_target = torch.where(self.inside, at_target, values.gather(0, index))
+        values.scatter_(0, index, at_target.view(index.shape) if isinstance(at_target, Tensor) else at_target)
+
+    def add_(self, values: Tensor, at_target: Tensor) -> None:
+        values.scatter_add_(0, self._index(values), self._where_inside(at_target, 0).unsqueeze(0))
+
+    def _index(self, values: Tensor) -> Tensor:
+        return self.position.expand(1, *values.shape[1:])
+
+    def _where_inside(self, at_target: Tensor, elsewhere: Tensor | float) -> Tensor:
+        return at_target if self.inside is None else torch.where(self.inside, at_target, elsewhere)
+
+
 class Chunk(NamedTuple):
     target: Target
     rows: slice
-    """Of all proxies, those of the chunk."""
+    """The rows of the chunk among all proxies."""
     proxies: Tensor
     """``(c * K, D)``."""
     shape: tuple[int, int, int]
     """``(c, K, B)``."""
 
-    def similarities(self, similarity: Similarity) -> Tensor:
-        return similarity(self.proxies, self.rows).view(self.shape)
-
 
 def chunks(proxies: Tensor, positions: Tensor, num_classes: int, classes_per_chunk: int) -> Iterator[Chunk]:
-    """Of the proxies ``(c', K, D)`` of some of the ``num_classes`` classes, with each sample's target among these."""
+    """Splits the proxies ``(c', K, D)`` of some of the ``num_classes`` classes; ``positions`` are the target classes
+    among these.
+    """
     held, per_class, _ = proxies.shape
     for start in range(0, held, classes_per_chunk):
         stop = min(start + classes_per_chunk, held)

@@ -1,23 +1,26 @@
-r"""The poolings of :mod:`pml_multiproxy.functional` on similarities ``(c, K, B)``, with their derivative written out.
+"""The poolings: the equation of each, and beside it value and derivative for similarities ``(c, K, B)``.
 
-The similarities are overwritten. From them come the class similarities ``pooled``, ``(c, B)``, and the derivative of
-these.
+The classes here overwrite the similarities, and give the class similarities ``pooled``, ``(c, B)``, and their
+derivative.
 """
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from .. import functional
+
 
 class Derivative(NamedTuple):
-    """Of the class similarities by the similarities."""
+    """The derivative of the class similarities by the similarities: ``by_proxy / divisor``."""
 
     by_proxy: Tensor
-    """``(c, K, B)``, to be divided by the divisor; ``int8``, where all are 0 or 1, takes a quarter of the memory."""
+    """``(c, K, B)``; zeros and ones may be ``int8``, in a quarter of the memory."""
     divisor: Tensor | float | None
-    """``(c, B)``, or the same for all; ``None``: 1."""
+    """``(c, B)``, or one number; ``None``: 1."""
 
     def times_(self, grad_pooled: Tensor) -> Tensor:
         """The gradient of the similarities, ``(c, K, B)``; overwrites ``by_proxy`` and ``grad_pooled``."""
@@ -26,17 +29,17 @@ class Derivative(NamedTuple):
         return self.by_proxy.to(grad_pooled.dtype).mul_(grad_pooled.unsqueeze(1))
 
 
-class Pooling(Protocol):
+class Analytic(Protocol):
     pooled: Tensor
 
     def __init__(self, similarities: Tensor, scale: float, temperature: float) -> None: ...
 
     def derivative(self, compact: bool) -> Derivative:
-        """Called once at most; with ``compact``, in as little memory as it takes."""
+        """Call it once at most. ``compact``: it will be kept, so it takes as little memory as possible."""
 
 
 class Max:
-    """Proxies that are equally near share the gradient, so that it does not depend on their order."""
+    """Similarities that are equal to the last bit share the gradient."""
 
     def __init__(self, similarities: Tensor, scale: float, temperature: float) -> None:
         self.similarities = similarities
@@ -49,7 +52,7 @@ class Max:
 
 class Softmax:
     def __init__(self, similarities: Tensor, scale: float, temperature: float) -> None:
-        # Relative to the largest, so that large similarities do not swallow the temperature.
+        # Relative to the largest: large similarities would lose digits when divided by the temperature.
         largest = similarities.amax(dim=1)
         self.relative, self.temperature = similarities.sub_(largest.unsqueeze(1)), temperature
         powers = (self.relative * (1 / (temperature * math.log(2)))).exp2_()
@@ -74,4 +77,13 @@ class LogSumExp:
         return Derivative(self.powers.div_(self.total.unsqueeze(1)), None)
 
 
-POOLINGS: dict[str, type[Pooling]] = {"max": Max, "softmax": Softmax, "logsumexp": LogSumExp}
+class Pooling(NamedTuple):
+    equation: Callable[[Tensor, float, float], Tensor]
+    analytic: type[Analytic]
+
+
+POOLINGS = {
+    "max": Pooling(functional.pool_max, Max),
+    "softmax": Pooling(functional.pool_softmax, Softmax),
+    "logsumexp": Pooling(functional.pool_logsumexp, LogSumExp),
+}

@@ -1,24 +1,25 @@
 """Checks of arguments: each names the argument, what came and what is allowed."""
 
+import difflib
 import math
 from collections.abc import Iterable
 from numbers import Integral, Real
-from os import PathLike
+from typing import Annotated, NamedTuple, get_type_hints
 
 import torch
 from torch import Tensor, distributed
 
 
-def integer(name: str, value: object, low: int) -> int:
+def positive_int(name: str, value: object) -> int:
     if isinstance(value, bool) or not isinstance(value, Integral):
-        raise TypeError(f"{name} must be an int of at least {low}, got {value!r} of type {type(value).__name__}")
-    if value < low:
-        raise ValueError(f"{name} must be an int of at least {low}, got {value!r}")
+        raise TypeError(f"{name} must be an int of at least 1, got {value!r} of type {type(value).__name__}")
+    if value < 1:
+        raise ValueError(f"{name} must be an int of at least 1, got {value!r}")
     return int(value)
 
 
-def positive_int(name: str, value: object) -> int:
-    return integer(name, value, low=1)
+def positive_int_or_none(name: str, value: object) -> int | None:
+    return None if value is None else positive_int(name, value)
 
 
 def real(name: str, value: object, allowed: str, low: float = -math.inf, high: float = math.inf) -> float:
@@ -39,23 +40,67 @@ def not_negative(name: str, value: object) -> float:
     return real(name, value, "a finite number of at least 0", low=0.0)
 
 
-def one_of(name: str, value: object, allowed: Iterable[str]) -> str:
-    names = list(allowed)
+def finite_number(name: str, value: object) -> float:
+    return real(name, value, "a finite number")
+
+
+def share(name: str, value: object) -> float:
+    return real(name, value, "a number from 0 to 1", low=0.0, high=1.0)
+
+
+def pooling(name: str, value: object) -> str:
+    from ._analytic.poolings import POOLINGS  # whose package imports this file
+
+    names = list(POOLINGS)
     if not isinstance(value, str) or value not in names:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, names))}, got {value!r}")
-    return names[names.index(value)]  # not the value, which may be of a subclass, an Enum
+    return names[names.index(value)]  # not the value itself: it may be an Enum
 
 
-def path(name: str, value: object) -> None:
-    if not isinstance(value, (str, PathLike)):
-        raise TypeError(f"{name} must be a str or a pathlib.Path, got {type(value).__name__}")
+class Settings(NamedTuple):
+    """The settings of a loss by name, each with its check. All but the sizes may be set between calls."""
+
+    num_classes: Annotated[int, positive_int]
+    embedding_size: Annotated[int, positive_int]
+    proxies_per_class: Annotated[int, positive_int]
+    scale: Annotated[float, positive]
+    margin: Annotated[float, finite_number]
+    pooling: Annotated[str, pooling]
+    temperature: Annotated[float, positive]
+    intra_weight: Annotated[float, not_negative]
+    inter_weight: Annotated[float, not_negative]
+    balance_weight: Annotated[float, not_negative]
+    usage_momentum: Annotated[float, share]
+    views: Annotated[int, positive_int]
+    classes_per_chunk: Annotated[int | None, positive_int_or_none]
+
+
+CHECKS = {name: hint.__metadata__[0] for name, hint in get_type_hints(Settings, include_extras=True).items()}
+
+
+def settings(owner: object) -> Settings:
+    """The attributes of ``owner``, checked."""
+    values = {name: getattr(owner, name) for name in Settings._fields}
+    if not torch.compiler.is_compiling():  # which takes them for constants
+        values = {name: CHECKS[name](name, value) for name, value in values.items()}
+    return Settings(**values)
+
+
+def keywords(given: Iterable[str], allowed: Iterable[str], owner: str) -> None:
+    """Names the nearest argument to a mistyped one."""
+    names = list(allowed)
+    for name in given:
+        if name not in names:
+            near = difflib.get_close_matches(name, names, n=1)
+            hint = f": did you mean {near[0]!r}?" if near else ""
+            raise TypeError(f"{owner} got an unexpected argument {name!r}{hint}")
 
 
 def process_group(name: str, value: object, also: str | None = None) -> None:
     """``also``: a word that is allowed, too."""
     if value is None or (also is not None and value == also):
         return
-    # What new_group returns to the processes outside of the group is no ProcessGroup.
+    # To processes outside of the group, new_group returns a number.
     if not distributed.is_available() or not isinstance(value, distributed.ProcessGroup):
         words = "None" if also is None else f"None, {also!r}"
         raise TypeError(
@@ -138,16 +183,12 @@ def indices_tuple(value: object, batch_size: int) -> tuple[Tensor, ...] | None:
     return tuple(indices.long() for indices in value)
 
 
-def views(labels: Tensor, count: int) -> None:
-    """Whether a batch can consist of as many blocks."""
+def views(labels: Tensor, count: int, look: bool) -> None:
+    """Whether a batch consists of so many blocks; ``look``: and whether these have equal labels."""
     if len(labels) % count:
         raise ValueError(f"the batch must be views = {count} blocks of equal length, got {len(labels)} embeddings")
-
-
-def labels_of_views(labels: Tensor, count: int) -> None:
-    """Whether a batch consists of as many blocks of equal labels: a device synchronisation."""
     blocks = labels.reshape(count, -1)
-    if not blocks.equal(blocks[:1].expand_as(blocks)):
+    if look and not blocks.equal(blocks[:1].expand_as(blocks)):
         raise ValueError(
             f"labels must be the same in each of the views = {count} blocks of the batch, since row i of every block "
             "is a view of the same sample, got blocks that differ"
@@ -155,7 +196,7 @@ def labels_of_views(labels: Tensor, count: int) -> None:
 
 
 def references(embeddings: object, labels: object, ref_emb: object, ref_labels: object, views: int) -> None:
-    """PML's wrappers give the embeddings as their own references; any others have no meaning for proxies."""
+    """PML's wrappers give the embeddings as their own references; other references have no meaning for proxies."""
     for name, reference, itself in (("ref_emb", ref_emb, embeddings), ("ref_labels", ref_labels, labels)):
         if reference is not None and reference is not itself:
             stacked = "; views of the same samples go into one batch: torch.cat([first, second])" if views > 1 else ""

@@ -1,13 +1,14 @@
-r"""Cross-entropy and entropy of a softmax over classes that come some at a time, and their gradient.
+r"""Cross-entropy and entropy of a softmax over classes, computed some classes at a time, and their gradient. Exact.
 
-The target class stays apart, so that its margin need not be taken out of a sum again, and so that no difference of
-large numbers loses digits. All is exact.
+The sums leave the target class out: so its margin never has to be subtracted from a sum, and no difference of large
+numbers loses digits.
 
-Class similarities are ``(c, B)``. Logits are in bits, since PyTorch computes powers of two faster than those of e.
+Class similarities are ``(c, B)``. Logits are in bits, since PyTorch computes ``2^x`` faster than ``e^x``.
 
-With :math:`M` and :math:`Z` of the other classes and :math:`a_y` of the target class, the log-odds of the others are
-:math:`u = \log Z + (M - a_y) \log 2`, in nats. The target class has the probability :math:`\operatorname{sigmoid}(-u)`,
-another :math:`\operatorname{sigmoid}(u)\, 2^{a - M} / Z`. The margin adds to :math:`u`.
+:math:`M` and :math:`Z` are the maximum and the sum over the other classes, :math:`a_y` is the logit of the target
+class. The log-odds of the others are :math:`u = \log Z + (M - a_y) \log 2`, in nats. The target class has the
+probability :math:`\operatorname{sigmoid}(-u)`, another class :math:`\operatorname{sigmoid}(u)\, 2^{a - M} / Z`. The
+margin adds to :math:`u`.
 """
 
 import math
@@ -17,10 +18,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .target import Target
+from .chunks import Target
 
 NATS = math.log(2)
-"""In a bit."""
+"""Nats per bit."""
 
 
 class Sums(NamedTuple):
@@ -33,7 +34,7 @@ class Sums(NamedTuple):
     t: Tensor
 
     def relative_to(self, maximum: Tensor) -> "Sums":
-        r"""For a larger :math:`M'`, with :math:`\alpha = 2^{M - M'}`: :math:`Z \leftarrow \alpha Z` and
+        r"""The sums for a larger :math:`M'`: with :math:`\alpha = 2^{M - M'}`, :math:`Z \leftarrow \alpha Z` and
         :math:`T \leftarrow \alpha (T + (M - M') Z)`.
         """
         shift = self.maximum - maximum
@@ -42,19 +43,19 @@ class Sums(NamedTuple):
 
 
 def lowest(dtype: torch.dtype) -> float:
-    """In place of minus infinity: a logit so low that its class adds nothing to others."""
-    # Not that, nor anything that a difference takes there: times zero, it is not a number.
+    """A logit so low that its class adds nothing to the sums."""
+    # Minus infinity would do, but times zero it is NaN. Differences of this number stay finite.
     return 0.75 * torch.finfo(dtype).min
 
 
 def sums_of_none(like: Tensor) -> Sums:
-    """Over no class, for as many samples as in ``like``, ``(B,)``."""
-    # Beside other classes, this Z counts for nothing; and where there are none, its logarithm is finite.
+    """The sums over no class, for as many samples as in ``like``, ``(B,)``."""
+    # At the lowest maximum, Z = 1 adds nothing to other sums; without other classes, its logarithm stays finite.
     return Sums(torch.full_like(like, lowest(like.dtype)), torch.ones_like(like), torch.zeros_like(like))
 
 
 def add_classes(sums: Sums | None, pooled: Tensor, target: Target, scale: float) -> Sums:
-    """With those of a chunk, except the target classes."""
+    """Adds the classes of a chunk, except the target classes."""
     logits = (scale / NATS) * pooled
     target.put_(logits, lowest(logits.dtype))
     maximum = logits.amax(dim=0)
@@ -70,38 +71,39 @@ def add_classes(sums: Sums | None, pooled: Tensor, target: Target, scale: float)
 
 
 class ClassTerms(NamedTuple):
-    """The terms over the classes, and what their gradient takes; each ``(B,)``."""
+    """The terms over the classes, and the numbers that their gradient needs; each ``(B,)``."""
 
     classification: Tensor
     entropy: Tensor
     maximum: Tensor
     z: Tensor
     mean: Tensor
-    behind: Tensor
+    max_minus_target: Tensor
     p_others: Tensor
     p_target: Tensor
     log_odds_with_margin: Tensor
 
 
 def class_terms(others: Sums, target_pooled: Tensor, scale: float, margin: float) -> ClassTerms:
-    """From the sums over all classes but the target one, and the similarity to that, ``(B,)``."""
+    """From the sums over all other classes, and the similarity to the target class, ``(B,)``."""
     mean, log_z = others.t / others.z, others.z.log()
-    behind = torch.sub(others.maximum, target_pooled, alpha=scale / NATS)
-    log_odds = torch.add(log_z, behind, alpha=NATS)
+    max_minus_target = torch.sub(others.maximum, target_pooled, alpha=scale / NATS)
+    log_odds = torch.add(log_z, max_minus_target, alpha=NATS)
     log_odds_of_target = -log_odds
     p_others, p_target = log_odds.sigmoid(), log_odds_of_target.sigmoid()
     entropy_of_others = torch.sub(log_z, mean, alpha=NATS)
-    # Both parts are positive: no digits are lost.
+    # Both summands are positive, so that no digits cancel.
     entropy = torch.addcmul(p_target * _softplus(log_odds), p_others, _softplus(log_odds_of_target) + entropy_of_others)
     log_odds_with_margin = log_odds + scale * margin
     classification = _softplus(log_odds_with_margin)
+    maximum, z, _ = others
     return ClassTerms(
-        classification, entropy, others.maximum, others.z, mean, behind, p_others, p_target, log_odds_with_margin
+        classification, entropy, maximum, z, mean, max_minus_target, p_others, p_target, log_odds_with_margin
     )
 
 
 class LogitGradient(NamedTuple):
-    """What the gradient of the class similarities is made of; tensors ``(B,)``."""
+    """Numbers that give the gradient of the class similarities; tensors ``(B,)``."""
 
     maximum: Tensor
     constant: Tensor
@@ -120,18 +122,18 @@ class LogitGradient(NamedTuple):
 
 def logit_gradient(terms: ClassTerms, grad_losses: Tensor, scale: float, entropy_weight: float) -> LogitGradient:
     """Of losses that are the classification and ``entropy_weight`` times the entropy."""
-    # With p the class distribution and p' that with the margin, the gradient of a logit is
+    # With p the class distribution, and p' the one with the margin, the gradient of a logit is
     # grad_losses * (p' - 1[target] - entropy_weight * p * (log p + entropy)).
     grad_losses = scale * grad_losses
     weight = NATS * entropy_weight
     missed = grad_losses * terms.log_odds_with_margin.sigmoid()
     spread = grad_losses * terms.p_others
-    push = terms.p_target * (terms.behind + terms.mean)
+    push = terms.p_target * (terms.max_minus_target + terms.mean)
     at_target = torch.addcmul(missed, spread, push, value=-weight).neg_()
-    # That of the others is 2^(a - M) * (constant - weight * slope * (a - M)).
+    # For the other classes, it is 2^(a - M) * (constant - weight * slope * (a - M)).
     constant = torch.addcmul(missed, spread, terms.mean - push, value=weight).div_(terms.z)
     return LogitGradient(terms.maximum, constant, spread.div_(terms.z), at_target, weight)
 
 
 def _softplus(x: Tensor) -> Tensor:
-    return F.softplus(x, threshold=40)  # from where on it is the identity, also in float64
+    return F.softplus(x, threshold=40)  # above, softplus is the identity, also in float64

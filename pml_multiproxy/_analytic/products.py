@@ -1,0 +1,208 @@
+"""Similarities of a batch to some of the proxies, ``(P, B)``, and the gradient back through them."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import functional
+from .._similarity import Autocast, is_plain_cosine, is_recorded_at_once, similarities
+
+EPS = functional.norm_eps(torch.float32)
+
+
+def prepare(distance: Any, embeddings: Tensor, proxies: Tensor) -> "tuple[Products, Tensor, Tensor]":
+    """The products, and the embeddings and proxies in the dtype to compute in.
+
+    Args:
+        distance: of PML.
+        embeddings: ``(B, D)``.
+        proxies: ``(c', K, D)``.
+    """
+    dtype = functional.compute_dtype(embeddings, proxies)
+    if is_plain_cosine(distance):
+        embeddings = functional.keep_short(embeddings.to(dtype), embeddings.dtype)
+        proxies, lengths = _lengths(functional.keep_short(proxies.to(dtype), proxies.dtype).contiguous())
+        return _cosine_products(embeddings.detach(), lengths), embeddings, proxies
+    embeddings, proxies = embeddings.to(dtype), proxies.to(dtype).contiguous()
+    _refuse_what_streaming_loses(distance, embeddings.detach(), proxies.detach().flatten(0, 1))
+    return DistanceCalls(embeddings.detach(), distance, Autocast.now(embeddings.device.type)), embeddings, proxies
+
+
+def _lengths(proxies: Tensor) -> tuple[Tensor, Tensor]:
+    """The proxies, so short that no square overflows, and their lengths, ``(c' * K, 1)``."""
+    lengths = torch.linalg.vector_norm(proxies.detach(), dim=-1)
+    # On other devices, looking would be a device synchronisation.
+    if lengths.device.type == "cpu" and not _sum_is_finite(lengths):
+        # Dividing a proxy first changes its length only.
+        proxies = proxies / proxies.detach().abs().amax(dim=-1, keepdim=True).clamp_min(1)
+        lengths = torch.linalg.vector_norm(proxies.detach(), dim=-1)
+    return proxies, lengths.view(-1, 1)
+
+
+def _cosine_products(embeddings: Tensor, lengths: Tensor) -> "CosineProducts":
+    saved = (*_directions(embeddings), lengths, lengths.clamp_min(EPS).reciprocal_())
+    rounded = Autocast.now(embeddings.device.type).dtype
+    if rounded is not None and embeddings.dtype == torch.float32:  # autocast leaves float64 alone
+        return RoundedCosineProducts(*saved, rounded)
+    return CosineProducts(*saved)
+
+
+def _directions(embeddings: Tensor) -> tuple[Tensor, Tensor]:
+    """:func:`functional.normalize` and its divisors, ``(B, 1)``; a faster way on a CPU unless squares overflow."""
+    if embeddings.device.type == "cpu":
+        lengths = torch.linalg.vector_norm(embeddings, dim=1, keepdim=True)
+        if _sum_is_finite(lengths):
+            divisors = lengths.clamp_min_(EPS)
+            return embeddings / divisors, divisors
+    queries = functional.normalize(embeddings)
+    return queries, (embeddings * queries).sum(dim=1, keepdim=True).clamp_min_(EPS)
+
+
+def _sum_is_finite(lengths: Tensor) -> bool:
+    return float(lengths.sum()) < math.inf
+
+
+class CosineProducts:
+    """Cosine similarities, without normalized proxies in memory.
+
+    The rows of the product are scaled by the inverse lengths of the proxies. The gradient of a vector has no part along
+    the vector, since the cosine does not depend on lengths.
+    """
+
+    def __init__(self, queries: Tensor, divisors: Tensor, lengths: Tensor, inverse: Tensor) -> None:
+        """``queries``: the embeddings after division by ``divisors``, ``(B, 1)``; ``lengths`` of all proxies,
+        ``(C * K, 1)``, and ``inverse``, 1 over them.
+        """
+        self.queries, self.divisors, self.lengths, self.inverse = queries, divisors, lengths, inverse
+        self.saved: tuple[Tensor, ...] = (queries, divisors, lengths, inverse)
+        """For autograd to save beside the embeddings."""
+        self.scratch: Tensor | None = None
+
+    def __call__(self, proxies: Tensor, rows: slice) -> Tensor:
+        """The similarities ``(P, B)``, in new memory, to the proxies ``(P, D)``; ``rows``: their rows among all."""
+        return torch.mm(proxies, self.queries.T).mul_(self.inverse[rows])
+
+    def restored(self, embeddings: Tensor, saved: Sequence[Tensor]) -> "CosineProducts":
+        """The same products, from the tensors that autograd saved."""
+        return CosineProducts(*saved)
+
+    def add_gradients(
+        self, proxies: Tensor, rows: slice, gradient: Tensor, grad_queries: Tensor | None, grad_proxies: Tensor
+    ) -> Tensor:
+        """Fills ``grad_proxies``; may overwrite ``gradient``, ``(P, B)``, and ``grad_queries``.
+
+        Returns ``grad_queries``, the sum over the chunks so far (``None``: no chunk yet), with this chunk added.
+        """
+        gradient.mul_(self.inverse[rows])
+        if grad_queries is None:
+            grad_queries = torch.mm(gradient.T, proxies)
+        else:
+            grad_queries.addmm_(gradient.T, proxies)
+        torch.mm(gradient, self.queries, out=grad_proxies)
+        if self.scratch is None:
+            self.scratch = torch.empty_like(proxies)
+        along = torch.mul(grad_proxies, proxies, out=self.scratch[: len(proxies)]).sum(dim=1, keepdim=True)
+        self._project_(grad_proxies, proxies, rows, along)
+        return grad_queries
+
+    def grad_embeddings(self, grad_queries: Tensor) -> Tensor:
+        """The gradient of the embeddings from the sum over all chunks; may overwrite it."""
+        along = (grad_queries * self.queries).sum(dim=1, keepdim=True).div_(_or_infinite(self.divisors))
+        return grad_queries.div_(self.divisors).addcmul_(self.queries, along, value=-1)
+
+    def _project_(self, grad_proxies: Tensor, proxies: Tensor, rows: slice, along: Tensor) -> None:
+        """``along``: the products of gradients and proxies, ``(P, 1)``, overwritten."""
+        lengths = _or_infinite(self.lengths[rows])
+        grad_proxies.addcmul_(proxies, along.div_(lengths).div_(lengths), value=-1)
+
+
+class RoundedCosineProducts(CosineProducts):
+    """The matrix products in a less precise dtype, as under autocast; everything between them as precise as before.
+
+    Proxies are normalized before they are rounded, since float16 cannot hold long ones.
+    """
+
+    def __init__(self, queries: Tensor, divisors: Tensor, lengths: Tensor, inverse: Tensor, dtype: torch.dtype) -> None:
+        super().__init__(queries, divisors, lengths, inverse)
+        self.rounded = queries.to(dtype)
+
+    def __call__(self, proxies: Tensor, rows: slice) -> Tensor:
+        directions = (proxies * self.inverse[rows]).to(self.rounded.dtype)
+        return torch.mm(directions, self.rounded.T).to(proxies.dtype)
+
+    def restored(self, embeddings: Tensor, saved: Sequence[Tensor]) -> "RoundedCosineProducts":
+        queries, divisors, lengths, inverse = saved
+        return RoundedCosineProducts(queries, divisors, lengths, inverse, self.rounded.dtype)
+
+    def add_gradients(
+        self, proxies: Tensor, rows: slice, gradient: Tensor, grad_queries: Tensor | None, grad_proxies: Tensor
+    ) -> Tensor:
+        directions = (proxies * self.inverse[rows]).to(self.rounded.dtype)
+        gradient = gradient.to(self.rounded.dtype)
+        of_chunk = torch.mm(gradient.T, directions).to(proxies.dtype)
+        grad_proxies.copy_(torch.mm(gradient, self.rounded)).mul_(self.inverse[rows])
+        along = (grad_proxies * proxies).sum(dim=1, keepdim=True)
+        self._project_(grad_proxies, proxies, rows, along)
+        return of_chunk if grad_queries is None else grad_queries.add_(of_chunk)
+
+
+def _or_infinite(lengths: Tensor) -> Tensor:
+    """Infinity instead of lengths up to EPS: such vectors are divided by a constant, and keep their whole gradient."""
+    return torch.threshold(lengths, EPS, math.inf)
+
+
+class DistanceCalls:
+    """Similarities by any other distance of PML, differentiated by autograd; methods as above."""
+
+    saved: tuple[Tensor, ...] = ()
+
+    def __init__(self, queries: Tensor, distance: Any, autocast: Autocast) -> None:
+        self.queries, self.distance, self.autocast = queries, distance, autocast
+
+    def __call__(self, proxies: Tensor, rows: slice) -> Tensor:
+        with self.autocast.again():  # backward runs outside of the autocast of forward, but has to compute the same
+            return similarities(self.distance, self.queries, proxies).T.contiguous()
+
+    def restored(self, embeddings: Tensor, saved: Sequence[Tensor]) -> "DistanceCalls":
+        return DistanceCalls(embeddings, self.distance, self.autocast)
+
+    def add_gradients(
+        self, proxies: Tensor, rows: slice, gradient: Tensor, grad_queries: Tensor | None, grad_proxies: Tensor
+    ) -> Tensor:
+        with torch.enable_grad():
+            inputs = [tensor.detach().requires_grad_() for tensor in (self.queries, proxies)]
+            with self.autocast.again():
+                similarity = similarities(self.distance, *inputs).T
+        of_chunk, of_proxies = torch.autograd.grad(
+            similarity, inputs, gradient, allow_unused=True, materialize_grads=True
+        )
+        grad_proxies.copy_(of_proxies)
+        return of_chunk if grad_queries is None else grad_queries + of_chunk
+
+    def grad_embeddings(self, grad_queries: Tensor) -> Tensor:
+        return grad_queries
+
+
+Products = CosineProducts | DistanceCalls
+
+
+def _refuse_what_streaming_loses(distance: Any, embeddings: Tensor, proxies: Tensor) -> None:
+    """An error where classes would be computed some at a time, and something silently lost."""
+    kind = type(distance).__name__
+    with torch.enable_grad():
+        learns = any(parameter.requires_grad for parameter in distance.parameters())
+        if not type(distance).__module__.startswith("pytorch_metric_learning."):  # may hold tensors of its own
+            learns = learns or similarities(distance, embeddings[:1], proxies[:1]).requires_grad
+    if learns:
+        raise ValueError(
+            f"distance must not learn where the classes are computed some at a time, got a {kind} that uses tensors "
+            "with requires_grad=True: use classes_per_chunk=num_classes on one process, or freeze these tensors"
+        )
+    if distance.collect_stats and not is_recorded_at_once(distance):
+        raise ValueError(
+            f"collect_stats of the distance must be False where the classes are computed some at a time, got a {kind} "
+            "that would record the last of them only"
+        )

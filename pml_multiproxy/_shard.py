@@ -1,0 +1,252 @@
+"""Which classes this process holds, and what it tells the processes that hold the others.
+
+Without other processes, every function returns at once. With them, all ranks of the group have to call it, or none.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, distributed
+from torch.nn import functional as F
+
+from . import functional
+from ._analytic.online_softmax import Sums
+
+# The alternatives are the names before PyTorch 2.13.
+_all_gather = getattr(distributed, "all_gather_single", None) or distributed.all_gather_into_tensor
+_reduce_scatter = getattr(distributed, "reduce_scatter_single", None) or distributed.reduce_scatter_tensor
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+class Shard(NamedTuple):
+    start: int
+    stop: int
+    num_classes: int
+    group: "distributed.ProcessGroup | None" = None
+    """Its ranks hold all classes together; ``None``: this process holds them all."""
+
+    @property
+    def classes(self) -> range:
+        return range(self.start, self.stop)
+
+
+def shard_of_rank(num_classes: int, group: "distributed.ProcessGroup") -> Shard:
+    """Slices of equal length; the last ranks may hold fewer classes, or none, as in a ``DTensor``."""
+    length = -(-num_classes // distributed.get_world_size(group))
+    start = min(distributed.get_rank(group) * length, num_classes)
+    return Shard(start, min(start + length, num_classes), num_classes, group)
+
+
+class Batch(NamedTuple):
+    embeddings: Tensor
+    labels: Tensor
+    indices_tuple: tuple[Tensor, ...] | None
+
+
+def gather(batch: Batch, shard: Shard, views: int, dtype: torch.dtype, cosine: bool, training: bool) -> Batch:
+    """The samples of all ranks, view by view, as if one process had them. ``cosine``: lengths will not matter."""
+    if shard.group is None:
+        return batch
+    embeddings, labels, indices_tuple = batch
+    sizes = _sizes(embeddings, training, shard.group)
+    order = _order_of_views(sizes, views).to(embeddings.device)
+    labels_and_counts = torch.stack([labels, _counts(indices_tuple, labels)], dim=1)
+    all_labels, counts = _gather(labels_and_counts, sizes, shard.group)[order].unbind(dim=1)
+    everything = _Gather.apply(embeddings, sizes, order, dtype, shard.group)  # type: ignore[no-untyped-call]
+    if cosine:
+        everything = functional.keep_short(everything, embeddings.dtype)
+    return Batch(everything, all_labels, (torch.repeat_interleave(counts),))
+
+
+def gather_rows(
+    embeddings: Tensor, labels: Tensor | None, shard: Shard, dtype: torch.dtype, training: bool
+) -> tuple[Tensor, Tensor | None, list[int]]:
+    """The embeddings and labels of all ranks, rank by rank, without a gradient, and how many each rank has."""
+    if shard.group is None:
+        return embeddings, labels, [len(embeddings)]
+    sizes = _sizes(embeddings, training, shard.group)
+    if labels is not None:
+        labels = _gather(labels.unsqueeze(1), sizes, shard.group).squeeze(1)
+    rows = _gather(embeddings, sizes, shard.group).to(dtype)
+    return functional.keep_short(rows, embeddings.dtype), labels, sizes
+
+
+def is_local(positions: Tensor, shard: Shard) -> Tensor | None:
+    """Whether this process holds each sample's target class, ``(B,)``; ``None``: it holds them all."""
+    return None if shard.group is None else (positions >= 0) & (positions < len(shard.classes))
+
+
+def scaled_gradient(embeddings: Tensor, shard: Shard) -> Tensor:
+    """The embeddings; their gradient from here on is multiplied by the number of ranks."""
+    # Each rank computes a share of this gradient, and all of any other, as of a regularizer. Adding over the ranks
+    # multiplies the others by their number, and so it has to be here.
+    if shard.group is None:
+        return embeddings
+    scaled, ranks = embeddings.view_as(embeddings), distributed.get_world_size(shard.group)
+    if scaled.requires_grad:
+        scaled.register_hook(lambda gradient: gradient * ranks)
+    return scaled
+
+
+class Partial(NamedTuple):
+    """The parts of each sample's loss over some of the classes; each ``(B,)``, or made of such."""
+
+    others: Sums
+    """Over the classes that are not the target class."""
+    target_similarity: Tensor
+    """To the target class, and the terms within it: of no meaning where it is not among these classes."""
+    intra: Tensor
+    balance: Tensor
+
+
+def reduce(partial: Partial, positions: Tensor, shard: Shard) -> Partial:
+    """From the classes of this rank to all classes: six numbers for each sample."""
+    if shard.group is None:
+        return partial
+    maximum = partial.others.maximum.clone()
+    distributed.all_reduce(maximum, distributed.ReduceOp.MAX, group=shard.group)
+    others = partial.others.relative_to(maximum)
+    at_target = torch.stack([partial.target_similarity, partial.intra, partial.balance])
+    values = torch.cat([torch.stack([others.z, others.t]), torch.where(is_local(positions, shard), at_target, 0)])  # type: ignore[arg-type]
+    distributed.all_reduce(values, group=shard.group)
+    z, t, *within_class = values
+    return Partial(Sums(maximum, z, t), *within_class)
+
+
+def from_target(values: Tensor, positions: Tensor, shard: Shard) -> Tensor:
+    """Values at the target class of each sample, ``(N, B)``, from the rank that holds it."""
+    if shard.group is None:
+        return values
+    values = torch.where(is_local(positions, shard), values, 0)  # type: ignore[arg-type]
+    distributed.all_reduce(values, group=shard.group)
+    return values
+
+
+def mean_over_classes(values: Tensor, shard: Shard) -> Tensor:
+    """The mean ``(N,)`` of values ``(N, c')`` of the classes of this rank."""
+    if shard.group is None:
+        return values.mean(dim=1)
+    total = values.sum(dim=1)
+    distributed.all_reduce(total, group=shard.group)
+    return total / shard.num_classes
+
+
+def nearest(similarity: Tensor, position: Tensor, sizes: list[int], shard: Shard) -> Tensor:
+    """For the embeddings of this rank, ``(b,)``: the position that the rank with the largest similarity found."""
+    if shard.group is None:
+        return position
+    # A row of NaN has no nearest proxy: any will do, as long as all ranks say the same.
+    similarity = similarity.nan_to_num(-torch.inf, torch.inf, -torch.inf)
+    largest = similarity.clone()
+    distributed.all_reduce(largest, distributed.ReduceOp.MAX, group=shard.group)
+    position = torch.where(similarity == largest, position, torch.iinfo(position.dtype).max)
+    distributed.all_reduce(position, distributed.ReduceOp.MIN, group=shard.group)
+    return torch.split(position, sizes)[distributed.get_rank(shard.group)]
+
+
+def check_replicas(usage_group: "distributed.ProcessGroup | str | None") -> None:
+    """Raises an error if each process would set the proxies of its own copy of the loss."""
+    alone = not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size() == 1
+    if usage_group is None and not alone:
+        raise ValueError(
+            "init_proxies needs a usage_group on several processes, whose copies of the loss would differ otherwise: "
+            'with usage_group="world", every process calls it, and all get the result of the first'
+        )
+
+
+def copy_from_first_(proxies: Tensor, usage: Tensor, usage_group: "distributed.ProcessGroup | str | None") -> None:
+    """Overwrites both by those of the first process of the group."""
+    if usage_group is None or not (distributed.is_available() and distributed.is_initialized()):
+        return
+    group = distributed.group.WORLD if isinstance(usage_group, str) else usage_group
+    for tensor in (proxies, usage):
+        distributed.broadcast(tensor, distributed.get_global_rank(group, 0), group=group)  # type: ignore[arg-type]
+
+
+def check_equal(facts: dict[str, Any], group: "distributed.ProcessGroup") -> None:
+    """Raises an error on every rank if the facts differ between ranks."""
+    of_ranks: list[Any] = [None] * distributed.get_world_size(group)
+    distributed.all_gather_object(of_ranks, facts, group=group)
+    for name in facts:
+        values = [of_rank[name] for of_rank in of_ranks]
+        if any(value != values[0] for value in values):
+            raise ValueError(f"{name} must be the same on all ranks, got {values}, from rank 0 on")
+
+
+def _sizes(embeddings: Tensor, training: bool, group: "distributed.ProcessGroup") -> list[int]:
+    """How many embeddings each rank has; an error on every rank if dtype, mode or requires_grad differ."""
+    wants_gradient = embeddings.requires_grad and torch.is_grad_enabled()
+    facts = torch.tensor([len(embeddings), DTYPES.index(embeddings.dtype), training, wants_gradient])
+    facts = facts.to(embeddings.device)
+    of_ranks = facts.new_empty(distributed.get_world_size(group) * len(facts))
+    _all_gather(of_ranks, facts, group=group)
+    sizes, dtypes, *others = of_ranks.view(-1, len(facts)).T.tolist()
+    kinds: list[list[Any]] = [[DTYPES[value] for value in dtypes]]
+    kinds += [[bool(value) for value in values] for values in others]
+    names = ("the dtype of the embeddings", "training with gradients enabled", "requires_grad of the embeddings")
+    for name, values in zip(names, kinds, strict=True):
+        if len(set(values)) > 1:
+            raise ValueError(f"{name} must be the same on all ranks, got {values}, from rank 0 on")
+    return list(sizes)
+
+
+def _gather(rows: Tensor, sizes: list[int], group: "distributed.ProcessGroup") -> Tensor:
+    """``(B, N)``: the rows of all ranks, rank by rank, without a gradient."""
+    longest = max(sizes)
+    if longest == 0:
+        return rows
+    padded = _pad(rows, longest)
+    gathered = padded.new_empty(len(sizes) * longest, rows.shape[1])
+    _all_gather(gathered, padded, group=group)
+    if min(sizes) == longest:
+        return gathered
+    return torch.cat([part[:size] for part, size in zip(torch.split(gathered, longest), sizes, strict=True)])
+
+
+def _scatter(rows: Tensor, sizes: list[int], group: "distributed.ProcessGroup") -> Tensor:
+    """The sum of ``rows`` ``(B, N)`` over the ranks, of which each rank gets its own part."""
+    longest = max(sizes)
+    if longest == 0:
+        return rows
+    padded = rows.contiguous()
+    if min(sizes) < longest:
+        padded = torch.cat([_pad(part, longest) for part in torch.split(rows, sizes)])
+    own = padded.new_empty(longest, rows.shape[1])
+    _reduce_scatter(own, padded, group=group)
+    return own[: sizes[distributed.get_rank(group)]]
+
+
+class _Gather(torch.autograd.Function):
+    """:func:`_gather`, in ``order`` and cast to ``dtype``; its gradient is :func:`_scatter`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, rows: Tensor, sizes: list[int], order: Tensor, dtype: torch.dtype, group: "distributed.ProcessGroup"
+    ) -> Tensor:
+        ctx.sizes, ctx.order, ctx.dtype, ctx.group = sizes, order, rows.dtype, group
+        return _gather(rows, sizes, group)[order].to(dtype)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        gradient = torch.empty_like(gradient).index_copy_(0, ctx.order, gradient)
+        # Summed in the dtype of the loss: that of the embeddings is narrower under autocast.
+        return _scatter(gradient, ctx.sizes, ctx.group).to(ctx.dtype), None, None, None, None
+
+
+def _pad(rows: Tensor, length: int) -> Tensor:
+    return F.pad(rows, (0, 0, 0, length - len(rows))).contiguous()
+
+
+def _order_of_views(sizes: list[int], views: int) -> Tensor:
+    """The rows that come rank by rank, in the order view by view."""
+    blocks = torch.split(torch.arange(sum(sizes)), [size // views for size in sizes for _ in range(views)])
+    return torch.cat([block for view in range(views) for block in blocks[view::views]])
+
+
+def _counts(indices_tuple: tuple[Tensor, ...] | None, labels: Tensor) -> Tensor:
+    """How often each sample was mined, ``(B,)``."""
+    counts = torch.zeros_like(labels)
+    for indices in indices_tuple or ():
+        counts.index_add_(0, indices.to(labels.device), torch.ones_like(indices, device=labels.device))
+    return counts

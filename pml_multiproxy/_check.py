@@ -40,6 +40,10 @@ def not_negative(name: str, value: object) -> float:
     return real(name, value, "a finite number of at least 0", low=0.0)
 
 
+def not_negative_or_none(name: str, value: object) -> float | None:
+    return None if value is None else not_negative(name, value)
+
+
 def finite_number(name: str, value: object) -> float:
     return real(name, value, "a finite number")
 
@@ -70,6 +74,8 @@ class Settings(NamedTuple):
     intra_weight: Annotated[float, not_negative]
     inter_weight: Annotated[float, not_negative]
     balance_weight: Annotated[float, not_negative]
+    neighbor_weight: Annotated[float | None, not_negative_or_none]
+    neighbor_temperature: Annotated[float, positive]
     usage_momentum: Annotated[float, share]
     views: Annotated[int, positive_int]
     classes_per_chunk: Annotated[int | None, positive_int_or_none]
@@ -187,7 +193,7 @@ def views(labels: Tensor, count: int, look: bool) -> None:
     """Whether a batch consists of so many blocks; ``look``: and whether these have equal labels."""
     if len(labels) % count:
         raise ValueError(f"the batch must be views = {count} blocks of equal length, got {len(labels)} embeddings")
-    blocks = labels.reshape(count, -1)
+    blocks = labels.view(count, len(labels) // count)
     if look and not blocks.equal(blocks[:1].expand_as(blocks)):
         raise ValueError(
             f"labels must be the same in each of the views = {count} blocks of the batch, since row i of every block "

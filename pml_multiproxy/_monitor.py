@@ -24,6 +24,7 @@ class Statistics(NamedTuple):
     intra_class_entropy: float
     inter_class_entropy: float
     balance: float
+    neighbor_loss: float
     proxies_in_use: float
     usage_perplexity: float
     effective_proxies: float
@@ -59,7 +60,8 @@ def statistics(result: Result, labels: Tensor, usage: Tensor, views: int, shard:
     by_view = torch.unflatten(nearest, 0, (views, -1))
     agree = (by_view == by_view[0]).all(dim=0)
     balance = math.log(per_class) + balance
-    values = (classification, intra, inter, balance, in_use, perplexity, effective, effective.min(), agree)
+    neighbors = torch.zeros_like(intra) if result.neighbors is None else result.neighbors.detach()
+    values = (classification, intra, inter, balance, neighbors, in_use, perplexity, effective, effective.min(), agree)
     return Statistics(*torch.stack([value.to(intra.dtype).mean() for value in values]).tolist())
 
 

@@ -1,5 +1,6 @@
 """All contact with the inner parts of PyTorch Metric Learning: only this file imports them."""
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,18 +12,6 @@ from pytorch_metric_learning.utils import loss_and_miner_utils as lmu
 from torch import Tensor
 
 from ._similarity import without_autocast
-
-ARGUMENTS = (
-    "distance",
-    "reducer",
-    "weight_regularizer",
-    "weight_reg_weight",
-    "weight_init_func",
-    "embedding_regularizer",
-    "embedding_reg_weight",
-    "collect_stats",
-)
-"""What the constructor of PML's losses with weights takes."""
 
 
 class ProxyLoss(WeightRegularizerMixin, BaseMetricLossFunction):  # type: ignore[misc]
@@ -50,6 +39,12 @@ class ProxyLoss(WeightRegularizerMixin, BaseMetricLossFunction):  # type: ignore
             self.add_embedding_regularization_to_loss_dict(loss_dict, embeddings)
         loss: Tensor = self.reducer(loss_dict, embeddings, labels)
         return loss
+
+
+ARGUMENTS = [
+    name for base in ProxyLoss.__mro__ for name in inspect.signature(base.__init__).parameters if name != "self"
+]
+"""The keyword arguments of PML's losses with weights."""
 
 
 def element_losses(losses: Tensor) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 Without other processes, every function returns at once. With them, all ranks of the group have to call it, or none.
 """
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -85,7 +86,7 @@ def scaled_gradient(embeddings: Tensor, shard: Shard) -> Tensor:
         return embeddings
     scaled, ranks = embeddings.view_as(embeddings), distributed.get_world_size(shard.group)
     if scaled.requires_grad:
-        scaled.register_hook(lambda gradient: gradient * ranks)
+        scaled.register_hook(lambda gradient: gradient * ranks)  # type: ignore[no-untyped-call]
     return scaled
 
 
@@ -115,7 +116,7 @@ def reduce(partial: Partial, positions: Tensor, shard: Shard) -> Partial:
 
 
 def from_target(values: Tensor, positions: Tensor, shard: Shard) -> Tensor:
-    """Values at the target class of each sample, ``(N, B)``, from the rank that holds it."""
+    """Values at the target class of each sample, ``(..., B)``, from the rank that holds it."""
     if shard.group is None:
         return values
     values = torch.where(is_local(positions, shard), values, 0)  # type: ignore[arg-type]
@@ -147,21 +148,20 @@ def nearest(similarity: Tensor, position: Tensor, sizes: list[int], shard: Shard
 
 def check_replicas(usage_group: "distributed.ProcessGroup | str | None") -> None:
     """Raises an error if each process would set the proxies of its own copy of the loss."""
-    alone = not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size() == 1
-    if usage_group is None and not alone:
-        raise ValueError(
-            "init_proxies needs a usage_group on several processes, whose copies of the loss would differ otherwise: "
-            'with usage_group="world", every process calls it, and all get the result of the first'
-        )
+    if usage_group is None and distributed.is_available() and distributed.is_initialized():
+        if distributed.get_world_size() > 1:
+            raise ValueError(
+                "init_proxies needs a usage_group on several processes, whose copies of the loss would differ "
+                'otherwise: with usage_group="world", every process calls it, and all get the result of the first'
+            )
 
 
-def copy_from_first_(proxies: Tensor, usage: Tensor, usage_group: "distributed.ProcessGroup | str | None") -> None:
-    """Overwrites both by those of the first process of the group."""
-    if usage_group is None or not (distributed.is_available() and distributed.is_initialized()):
-        return
-    group = distributed.group.WORLD if isinstance(usage_group, str) else usage_group
-    for tensor in (proxies, usage):
-        distributed.broadcast(tensor, distributed.get_global_rank(group, 0), group=group)  # type: ignore[arg-type]
+def copy_from_first_(tensors: Iterable[Tensor], usage_group: "distributed.ProcessGroup | str | None") -> None:
+    """Overwrites the tensors by those of the first process of the group."""
+    if usage_group is not None and distributed.is_available() and distributed.is_initialized():
+        group: Any = distributed.group.WORLD if usage_group == "world" else usage_group
+        for tensor in tensors:
+            distributed.broadcast(tensor, distributed.get_global_rank(group, 0), group=group)
 
 
 def check_equal(facts: dict[str, Any], group: "distributed.ProcessGroup") -> None:

@@ -5,10 +5,14 @@ from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch
-from pytorch_metric_learning.distances import CosineSimilarity, LpDistance
+from pytorch_metric_learning.distances import CosineSimilarity, DotProductSimilarity, LpDistance
 from torch import Tensor
 
 from . import functional
+
+ROWS_PER_CALL = 32
+"""Most distances see this many proxies at a time within classes, but at least one class: more would need fewer calls,
+and memory for more similarities between classes that nobody asked for."""
 
 
 def is_plain_cosine(distance: Any) -> bool:
@@ -39,6 +43,26 @@ def lp_distances(distance: LpDistance, queries: Tensor, references: Tensor) -> T
     same = distances == 0
     powers: Tensor = distances.masked_fill(same, 1) ** distance.power
     return powers.masked_fill(same, 0)
+
+
+def within_classes(distance: Any, proxies: Tensor) -> Tensor:
+    """``(c, K, K)`` of ``(c, K, D)``: the similarities between the proxies of each class."""
+    dtype, rows = functional.compute_dtype(proxies), proxies.flatten(0, 1)
+    # Not isinstance: a subclass may compute something else.
+    if type(distance) in (CosineSimilarity, DotProductSimilarity) and distance.p == 2 and distance.power == 1:
+        points = functional.normalize(rows) if distance.normalize_embeddings else rows.to(dtype)
+        points = points.view(proxies.shape)
+        return torch.bmm(points, points.mT)
+    if type(distance) is LpDistance:
+        points = distance.maybe_normalize(rows.to(dtype)).view(proxies.shape)
+        return -lp_distances(distance, points, points)
+    blocks, per_class = [], proxies.shape[1]
+    # Splitting once keeps backward from making a gradient of full size for each chunk, as slicing would.
+    for some in torch.split(proxies.to(dtype), max(ROWS_PER_CALL // per_class, 1)):
+        of_all_pairs = torch.unflatten(distance(some.flatten(0, 1)), 1, some.shape[:2])
+        of_all_pairs = torch.unflatten(of_all_pairs, 0, some.shape[:2])
+        blocks.append(of_all_pairs.diagonal(dim1=0, dim2=2).permute(2, 0, 1))
+    return oriented(distance, torch.cat(blocks))
 
 
 def oriented(distance: Any, values: Tensor) -> Tensor:

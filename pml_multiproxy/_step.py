@@ -14,8 +14,16 @@ from ._analytic.chunks import make_plan
 from ._analytic.poolings import POOLINGS
 from ._analytic.products import prepare
 from ._check import Settings
+from ._pml import statistics_kept
 from ._shard import Shard
-from ._similarity import is_plain_cosine, is_recorded_at_once, record_norms, similarities, without_autocast
+from ._similarity import (
+    is_plain_cosine,
+    is_recorded_at_once,
+    record_norms,
+    similarities,
+    within_classes,
+    without_autocast,
+)
 
 Implementation = Literal["analytic", "autograd"]
 
@@ -49,13 +57,22 @@ class Result(NamedTuple):
     """For statistics: the analytic gradient does not pass through them."""
     assignments: Tensor
     """``(B, K)``, to the proxies of the target class; of no meaning where another process holds that class."""
+    neighbors: Tensor | None = None
+    """``(B,)``; ``None``: its weight is 0."""
 
 
 def sample_losses(step: Step) -> Result:
     """The loss of each sample."""
     if step.distance.collect_stats and is_recorded_at_once(step.distance):
         record_norms(step.distance, step.embeddings, step.proxies.flatten(0, 1))
-    return _by_autograd(step) if _implementation(step) == "autograd" else _by_analytic_gradient(step)
+    result = _by_autograd(step) if _implementation(step) == "autograd" else _by_analytic_gradient(step)
+    weight = step.settings.neighbor_weight
+    if weight is None:
+        weight = 0.0 if step.settings.views == 1 else 1.0
+    if not weight:
+        return result
+    neighbors = _neighbor_loss(step, result.assignments)
+    return result._replace(losses=result.losses + weight * neighbors, neighbors=neighbors)
 
 
 def _implementation(step: Step) -> Implementation:
@@ -116,6 +133,49 @@ def _by_autograd(step: Step) -> Result:
         functional.balance(assignments, _updated_usage(step, labels, assignments)),
     )
     return Result(_sample_loss(terms, settings), terms, assignments)
+
+
+def _neighbor_loss(step: Step, assignments: Tensor) -> Tensor:
+    """``(B,)``; the gradient goes through the embeddings alone. Samples that are not finite are left out."""
+    settings, finite = step.settings, step.embeddings.isfinite().all(dim=1)
+    any_vector = torch.linspace(1, 2, step.embeddings.shape[1], dtype=step.embeddings.dtype, device=finite.device)
+    embeddings = torch.where(finite.unsqueeze(1), step.embeddings, any_vector)
+    with without_autocast(finite.device.type), statistics_kept(step.distance):
+        mean, smoothed = _neighborhoods(step, torch.where(finite.unsqueeze(1), assignments.detach(), 0), finite)
+        to_samples = similarities(step.distance, embeddings, embeddings).masked_fill(~finite, -torch.inf)
+        return functional.neighbor_loss(
+            to_samples, mean, smoothed, step.labels, settings.neighbor_temperature, settings.views
+        )
+
+
+@torch.no_grad()
+def _neighborhoods(step: Step, assignments: Tensor, finite: Tensor) -> tuple[Tensor, Tensor]:
+    """The assignment of each sample, averaged over its views, and its product with the kernel between the proxies of
+    its class: each ``(B, K)``, from the process that holds the class.
+    """
+    views = step.settings.views
+    counts = torch.unflatten(finite, 0, (views, -1)).sum(dim=0).clamp_min(1).unsqueeze(1)
+    mean = torch.unflatten(assignments, 0, (views, -1)).sum(dim=0) / counts
+    smoothed = torch.zeros_like(mean)
+    if len(step.proxies):
+        positions = step.labels[: len(mean)] - step.shard.start
+        positions = positions.clamp(0, len(step.proxies) - 1)
+        if len(step.proxies) <= len(mean):
+            kernels = _kernels(step, step.proxies)[positions]
+        else:
+            kernels = _kernels(step, step.proxies[positions])
+        smoothed = torch.bmm(mean.unsqueeze(1), kernels.to(mean.dtype)).squeeze(1)
+    both = torch.stack([mean, smoothed]).repeat(1, views, 1)
+    mean, smoothed = sharding.from_target(both.mT, step.labels - step.shard.start, step.shard).mT
+    return mean, smoothed
+
+
+def _kernels(step: Step, proxies: Tensor) -> Tensor:
+    """How near the proxies of a class are to each other, from 0 to 1: ``(c, K, K)`` of ``(c, K, D)``."""
+    to_each_other = within_classes(step.distance, proxies)
+    to_itself = to_each_other.diagonal(dim1=1, dim2=2)
+    below = to_each_other - (to_itself.unsqueeze(1) + to_itself.unsqueeze(2)) / 2
+    return (below / step.settings.temperature).exp()
 
 
 def _sample_loss(terms: functional.Terms, settings: Settings) -> Tensor:

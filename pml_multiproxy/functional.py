@@ -395,6 +395,56 @@ def balance(assignments: Tensor, own_usage: Tensor) -> Tensor:
     return (assignments * own_usage.detach().clamp_min(MIN_USAGE).log()).sum(dim=-1)
 
 
+def neighbor_loss(
+    similarities: Tensor, assignments: Tensor, smoothed: Tensor, labels: Tensor, temperature: float, views: int
+) -> Tensor:
+    r"""Contrast between the samples of a batch. Samples of a class are neighbours as far as they share proxies.
+
+    .. math::
+
+        N_i = -\sum_j t_{ij} \log \operatorname{softmax}_{j \ne i}\!\big(s(x_i, x_j) / \tau_N\big), \qquad
+        t_{ij} \propto \begin{cases}
+            1 & j \text{ is another view of sample } i \\
+            \bar q_i^\top M_{y_i}\, \bar q_j & y_j = y_i \\
+            0 & y_j \ne y_i \text{ or } j = i
+        \end{cases}
+
+    The targets :math:`t` of a sample sum to 1 and get no gradient. :math:`\bar q_i` is the assignment of sample
+    :math:`i`, averaged over its views; the kernel :math:`M_c(k, l) = \exp\big((s(w_{ck}, w_{cl}) - 1) / \rho\big)`
+    says how near two proxies of a class are. With one proxy per class, :math:`N` is supervised contrast.
+
+    Sources. The loss is ours; its kin: SupCon (Khosla et al., *Supervised Contrastive Learning*, NeurIPS 2020), whose
+    targets are the same for all samples of a class; MaskCon (Feng, Patras, CVPR 2023), with targets from the
+    similarities of embeddings; class-conditional InfoNCE (Chen et al., *Perfectly Balanced*, ICML 2022).
+
+    Args:
+        similarities: ``(B, B)``, between embeddings; the diagonal does not count, and a column of minus infinity leaves
+            a sample out.
+        assignments: ``(B, K)``, :math:`\bar q`.
+        smoothed: ``(B, K)``, :math:`\bar q_i^\top M_{y_i}`.
+        labels: ``(B,)``, long.
+        temperature: :math:`\tau_N`, in units of the similarity.
+        views: :math:`V`: the batch is so many blocks of equal length, and row ``i`` of every block is a view of the
+            same sample.
+
+    Returns:
+        ``(B,)``, in nats, at least 0; 0 for a sample without neighbours.
+
+    >>> similarities = torch.tensor([[1.0, 0.8, 0.1], [0.8, 1.0, 0.2], [0.1, 0.2, 1.0]])
+    >>> assignments, labels = torch.ones(3, 1), torch.tensor([0, 0, 1])  # one proxy: both of class 0 are neighbours
+    >>> neighbor_loss(similarities, assignments, assignments, labels, temperature=0.2, views=1)
+    tensor([0.0297, 0.0486, 0.0000])
+    """
+    sample = torch.arange(len(labels), device=labels.device) % max(len(labels) // views, 1)
+    left_out = torch.eye(len(labels), dtype=torch.bool, device=labels.device) | (similarities.detach() == -torch.inf)
+    targets = torch.where(labels.unsqueeze(1) == labels, smoothed.detach() @ assignments.detach().T, 0)
+    targets = torch.where(sample.unsqueeze(1) == sample, 1, targets).masked_fill(left_out, 0)
+    targets = targets / targets.sum(dim=1, keepdim=True).clamp_min(torch.finfo(targets.dtype).tiny)
+    # Not minus infinity: times a target of zero, it would be NaN.
+    logits = (similarities / temperature).masked_fill(left_out, 0.5 * torch.finfo(similarities.dtype).min)
+    return -(targets * F.log_softmax(logits, dim=1)).sum(dim=1)
+
+
 class Terms(NamedTuple):
     """The terms in the loss of each sample: each ``(B,)``, in nats.
 

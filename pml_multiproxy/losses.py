@@ -172,6 +172,8 @@ class MultiProxyEntropyLoss(ProxyLoss):
         intra_weight: float = 0.25,
         inter_weight: float = 0.0,
         balance_weight: float = 0.5,
+        neighbor_weight: float | None = None,
+        neighbor_temperature: float = 0.2,
         usage_momentum: float = 0.9,
         usage_group: "distributed.ProcessGroup | str | None" = None,
         views: int = 1,
@@ -452,7 +454,7 @@ class MultiProxyEntropyLoss(ProxyLoss):
             sharding.check_replicas(self.usage_group)
         kmeans.start_(proxies, usage, embeddings, positions, self.distance)
         if local is None:
-            sharding.copy_from_first_(proxies, usage, self.usage_group)
+            sharding.copy_from_first_((proxies, usage), self.usage_group)
 
     def save(self, path: str | Path) -> None:
         """Writes settings and state into one file, for :meth:`load`.
@@ -577,14 +579,6 @@ class MultiProxyEntropyLoss(ProxyLoss):
         if name in Statistics._fields:
             raise AttributeError(f"{name} is recorded by calls of a loss that was made with collect_stats=True")
         return super().__getattr__(name)
-
-    def __getstate__(self) -> dict[str, Any]:
-        if not (self.usage_group is None or self.usage_group == "world"):
-            raise TypeError(
-                "a loss with a process group as its usage_group can be neither copied nor pickled, since the group "
-                'belongs to its process: give usage_group="world", or save its state_dict()'
-            )
-        return self.__dict__.copy()
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

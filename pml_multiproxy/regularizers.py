@@ -1,23 +1,17 @@
 """The regularizer of proxies, as PyTorch Metric Learning knows weight regularizers."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from pytorch_metric_learning.distances import CosineSimilarity, DotProductSimilarity, LpDistance
+from pytorch_metric_learning.distances import CosineSimilarity, DotProductSimilarity
 from pytorch_metric_learning.regularizers import BaseRegularizer
 from torch import Tensor
 
 from . import _check as check
-from . import functional
 from ._pml import element_losses
-from ._similarity import lp_distances, oriented, record_norms, without_autocast
+from ._similarity import record_norms, within_classes, without_autocast
 
 __all__ = ["ProxyEntropyRegularizer"]
-
-ROWS_PER_CALL = 32
-"""A distance that is not batched natively gets this many proxies at a time, but at least one class. More of them need
-fewer calls, and memory for more similarities between classes that nobody asked for."""
 
 
 class ProxyEntropyRegularizer(BaseRegularizer):  # type: ignore[misc]
@@ -44,8 +38,7 @@ class ProxyEntropyRegularizer(BaseRegularizer):  # type: ignore[misc]
 
     Memory is :math:`O(C K^2)` beside that of the proxies: similarities between classes are not computed. Distances
     other than ``CosineSimilarity``, ``DotProductSimilarity`` and ``LpDistance`` themselves are called on a few classes
-    at a time, :data:`ROWS_PER_CALL` proxies, which is slower and keeps what they keep for so many: ``SNRDistance``
-    :math:`D` times as much.
+    at a time, which is slower and takes more memory: ``SNRDistance`` needs :math:`D` times as much.
 
     Works on every loss of PML that has ``weight_regularizer`` and lays out its proxies class by class:
     :class:`~pml_multiproxy.losses.MultiProxyEntropyLoss`, ``SoftTripleLoss`` with ``proxies_per_class`` its
@@ -105,52 +98,19 @@ class ProxyEntropyRegularizer(BaseRegularizer):  # type: ignore[misc]
 
     def _similarities(self, weights: Tensor) -> Tensor:
         """``(C, K, K)``: at ``[c, k, j]`` that of proxy ``k`` of class ``c`` to proxy ``j`` of the same class."""
+        blocks = torch.unflatten(weights, 0, (-1, self.proxies_per_class))
         # The products are few, and in bfloat16 close proxies could not be told apart.
         with without_autocast(weights.device.type):
-            values = _blocks_of(self.distance)(weights, self.proxies_per_class, self.distance)
+            values = within_classes(self.distance, blocks)
         if self.distance.collect_stats:  # as one call of the distance with all weights would record
             record_norms(self.distance, weights, weights)
-        return oriented(self.distance, values)
+        return values
 
 
 def _min_entropy(similarities: Tensor, temperature: float) -> Tensor:
     """``(C, K)`` of ``(C, K, K)``: the negated logarithm of the diagonal of the softmax."""
     own = similarities.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)
     return torch.logsumexp((similarities - own) / temperature, dim=-1)
-
-
-def _blocks_of(distance: Any) -> Callable[[Tensor, int, Any], Tensor]:
-    """The function that finds the distances within classes, ``(C, K, K)``, given weights, ``K`` and the distance."""
-    # Not isinstance: a subclass may compute something else.
-    kind = type(distance)
-    if kind in (CosineSimilarity, DotProductSimilarity) and distance.p == 2 and distance.power == 1:
-        return _cosine_blocks
-    return _lp_blocks if kind is LpDistance else _any_blocks
-
-
-def _cosine_blocks(weights: Tensor, per_class: int, _: Any) -> Tensor:
-    # What a short row is depends on the dtype that its gradient has to fit in: so normalize is to widen it.
-    directions = functional.normalize(weights).reshape(-1, per_class, weights.shape[1])
-    return torch.bmm(directions, directions.mT)
-
-
-def _lp_blocks(weights: Tensor, per_class: int, distance: LpDistance) -> Tensor:
-    points = distance.maybe_normalize(_widened(weights)).reshape(-1, per_class, weights.shape[1])
-    return lp_distances(distance, points, points)
-
-
-def _any_blocks(weights: Tensor, per_class: int, distance: Any) -> Tensor:
-    blocks = []
-    # Splitting once keeps backward from making a gradient of full size for each chunk, as slicing would.
-    for rows in torch.split(_widened(weights), max(ROWS_PER_CALL // per_class, 1) * per_class):
-        classes = len(rows) // per_class
-        of_all_pairs = distance(rows).reshape(classes, per_class, classes, per_class)
-        blocks.append(of_all_pairs.diagonal(dim1=0, dim2=2).permute(2, 0, 1))
-    return torch.cat(blocks)
-
-
-def _widened(weights: Tensor) -> Tensor:
-    return weights.to(functional.compute_dtype(weights))
 
 
 def _check_distance(distance: Any) -> None:

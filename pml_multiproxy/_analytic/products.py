@@ -190,19 +190,13 @@ Products = CosineProducts | DistanceCalls
 
 
 def _refuse_what_streaming_loses(distance: Any, embeddings: Tensor, proxies: Tensor) -> None:
-    """An error where classes would be computed some at a time, and something silently lost."""
-    kind = type(distance).__name__
-    with torch.enable_grad():
-        learns = any(parameter.requires_grad for parameter in distance.parameters())
-        if not type(distance).__module__.startswith("pytorch_metric_learning."):  # may hold tensors of its own
+    learns = any(parameter.requires_grad for parameter in distance.parameters())
+    if not type(distance).__module__.startswith("pytorch_metric_learning."):  # may hold tensors that are no parameters
+        with torch.enable_grad():
             learns = learns or similarities(distance, embeddings[:1], proxies[:1]).requires_grad
-    if learns:
+    if learns or (distance.collect_stats and not is_recorded_at_once(distance)):
+        what = "use tensors with requires_grad=True" if learns else "have collect_stats=True"
         raise ValueError(
-            f"distance must not learn where the classes are computed some at a time, got a {kind} that uses tensors "
-            "with requires_grad=True: use classes_per_chunk=num_classes on one process, or freeze these tensors"
-        )
-    if distance.collect_stats and not is_recorded_at_once(distance):
-        raise ValueError(
-            f"collect_stats of the distance must be False where the classes are computed some at a time, got a {kind} "
-            "that would record the last of them only"
+            f"distance must not {what} where the classes are computed some at a time, got a {type(distance).__name__}: "
+            "on one process, classes_per_chunk=num_classes computes all at once"
         )

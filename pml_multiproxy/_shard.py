@@ -4,14 +4,17 @@ Without other processes, every function returns at once. With them, all ranks of
 """
 
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, distributed
 from torch.nn import functional as F
 
-from . import functional
 from ._analytic.online_softmax import Sums
+from ._similarity import keep_short
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 # The alternatives are the names before PyTorch 2.13.
 _all_gather = getattr(distributed, "all_gather_single", None) or distributed.all_gather_into_tensor
@@ -24,7 +27,7 @@ class Shard(NamedTuple):
     start: int
     stop: int
     num_classes: int
-    group: "distributed.ProcessGroup | None" = None
+    group: "ProcessGroup | None" = None
     """Its ranks hold all classes together; ``None``: this process holds them all."""
 
     @property
@@ -32,7 +35,7 @@ class Shard(NamedTuple):
         return range(self.start, self.stop)
 
 
-def shard_of_rank(num_classes: int, group: "distributed.ProcessGroup") -> Shard:
+def shard_of_rank(num_classes: int, group: "ProcessGroup") -> Shard:
     """Slices of equal length; the last ranks may hold fewer classes, or none, as in a ``DTensor``."""
     length = -(-num_classes // distributed.get_world_size(group))
     start = min(distributed.get_rank(group) * length, num_classes)
@@ -45,8 +48,8 @@ class Batch(NamedTuple):
     indices_tuple: tuple[Tensor, ...] | None
 
 
-def gather(batch: Batch, shard: Shard, views: int, dtype: torch.dtype, cosine: bool, training: bool) -> Batch:
-    """The samples of all ranks, view by view, as if one process had them. ``cosine``: lengths will not matter."""
+def gather(batch: Batch, shard: Shard, views: int, dtype: torch.dtype, distance: Any, training: bool) -> Batch:
+    """The samples of all ranks, view by view, as if one process had them."""
     if shard.group is None:
         return batch
     embeddings, labels, indices_tuple = batch
@@ -55,13 +58,12 @@ def gather(batch: Batch, shard: Shard, views: int, dtype: torch.dtype, cosine: b
     labels_and_counts = torch.stack([labels, _counts(indices_tuple, labels)], dim=1)
     all_labels, counts = _gather(labels_and_counts, sizes, shard.group)[order].unbind(dim=1)
     everything = _Gather.apply(embeddings, sizes, order, dtype, shard.group)  # type: ignore[no-untyped-call]
-    if cosine:
-        everything = functional.keep_short(everything, embeddings.dtype)
+    everything = keep_short(distance, everything, embeddings.dtype)
     return Batch(everything, all_labels, (torch.repeat_interleave(counts),))
 
 
 def gather_rows(
-    embeddings: Tensor, labels: Tensor | None, shard: Shard, dtype: torch.dtype, training: bool
+    embeddings: Tensor, labels: Tensor | None, shard: Shard, dtype: torch.dtype, distance: Any, training: bool
 ) -> tuple[Tensor, Tensor | None, list[int]]:
     """The embeddings and labels of all ranks, rank by rank, without a gradient, and how many each rank has."""
     if shard.group is None:
@@ -70,7 +72,7 @@ def gather_rows(
     if labels is not None:
         labels = _gather(labels.unsqueeze(1), sizes, shard.group).squeeze(1)
     rows = _gather(embeddings, sizes, shard.group).to(dtype)
-    return functional.keep_short(rows, embeddings.dtype), labels, sizes
+    return keep_short(distance, rows, embeddings.dtype), labels, sizes
 
 
 def is_local(positions: Tensor, shard: Shard) -> Tensor | None:
@@ -146,17 +148,17 @@ def nearest(similarity: Tensor, position: Tensor, sizes: list[int], shard: Shard
     return torch.split(position, sizes)[distributed.get_rank(shard.group)]
 
 
-def check_replicas(usage_group: "distributed.ProcessGroup | str | None") -> None:
+def check_replicas(usage_group: "ProcessGroup | str | None") -> None:
     """Raises an error if each process would set the proxies of its own copy of the loss."""
-    if usage_group is None and distributed.is_available() and distributed.is_initialized():
-        if distributed.get_world_size() > 1:
-            raise ValueError(
-                "init_proxies needs a usage_group on several processes, whose copies of the loss would differ "
-                'otherwise: with usage_group="world", every process calls it, and all get the result of the first'
-            )
+    several = distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+    if several and usage_group is None:
+        raise ValueError(
+            "init_proxies needs a usage_group on several processes, whose copies of the loss would differ otherwise: "
+            'with usage_group="world", every process calls it, and all get the result of the first'
+        )
 
 
-def copy_from_first_(tensors: Iterable[Tensor], usage_group: "distributed.ProcessGroup | str | None") -> None:
+def copy_from_first_(tensors: Iterable[Tensor], usage_group: "ProcessGroup | str | None") -> None:
     """Overwrites the tensors by those of the first process of the group."""
     if usage_group is not None and distributed.is_available() and distributed.is_initialized():
         group: Any = distributed.group.WORLD if usage_group == "world" else usage_group
@@ -164,17 +166,20 @@ def copy_from_first_(tensors: Iterable[Tensor], usage_group: "distributed.Proces
             distributed.broadcast(tensor, distributed.get_global_rank(group, 0), group=group)
 
 
-def check_equal(facts: dict[str, Any], group: "distributed.ProcessGroup") -> None:
+def check_equal(facts: dict[str, Any], group: "ProcessGroup") -> None:
     """Raises an error on every rank if the facts differ between ranks."""
     of_ranks: list[Any] = [None] * distributed.get_world_size(group)
     distributed.all_gather_object(of_ranks, facts, group=group)
     for name in facts:
-        values = [of_rank[name] for of_rank in of_ranks]
-        if any(value != values[0] for value in values):
-            raise ValueError(f"{name} must be the same on all ranks, got {values}, from rank 0 on")
+        _check_same(name, [of_rank[name] for of_rank in of_ranks])
 
 
-def _sizes(embeddings: Tensor, training: bool, group: "distributed.ProcessGroup") -> list[int]:
+def _check_same(name: str, values: list[Any]) -> None:
+    if any(value != values[0] for value in values):
+        raise ValueError(f"{name} must be the same on all ranks, got {values}, from rank 0 on")
+
+
+def _sizes(embeddings: Tensor, training: bool, group: "ProcessGroup") -> list[int]:
     """How many embeddings each rank has; an error on every rank if dtype, mode or requires_grad differ."""
     wants_gradient = embeddings.requires_grad and torch.is_grad_enabled()
     facts = torch.tensor([len(embeddings), DTYPES.index(embeddings.dtype), training, wants_gradient])
@@ -182,16 +187,15 @@ def _sizes(embeddings: Tensor, training: bool, group: "distributed.ProcessGroup"
     of_ranks = facts.new_empty(distributed.get_world_size(group) * len(facts))
     _all_gather(of_ranks, facts, group=group)
     sizes, dtypes, *others = of_ranks.view(-1, len(facts)).T.tolist()
-    kinds: list[list[Any]] = [[DTYPES[value] for value in dtypes]]
-    kinds += [[bool(value) for value in values] for values in others]
-    names = ("the dtype of the embeddings", "training with gradients enabled", "requires_grad of the embeddings")
-    for name, values in zip(names, kinds, strict=True):
-        if len(set(values)) > 1:
-            raise ValueError(f"{name} must be the same on all ranks, got {values}, from rank 0 on")
+    _check_same("the dtype of the embeddings", [DTYPES[value] for value in dtypes])
+    for name, values in zip(
+        ("training with gradients enabled", "requires_grad of the embeddings"), others, strict=True
+    ):
+        _check_same(name, [bool(value) for value in values])
     return list(sizes)
 
 
-def _gather(rows: Tensor, sizes: list[int], group: "distributed.ProcessGroup") -> Tensor:
+def _gather(rows: Tensor, sizes: list[int], group: "ProcessGroup") -> Tensor:
     """``(B, N)``: the rows of all ranks, rank by rank, without a gradient."""
     longest = max(sizes)
     if longest == 0:
@@ -204,7 +208,7 @@ def _gather(rows: Tensor, sizes: list[int], group: "distributed.ProcessGroup") -
     return torch.cat([part[:size] for part, size in zip(torch.split(gathered, longest), sizes, strict=True)])
 
 
-def _scatter(rows: Tensor, sizes: list[int], group: "distributed.ProcessGroup") -> Tensor:
+def _scatter(rows: Tensor, sizes: list[int], group: "ProcessGroup") -> Tensor:
     """The sum of ``rows`` ``(B, N)`` over the ranks, of which each rank gets its own part."""
     longest = max(sizes)
     if longest == 0:
@@ -222,7 +226,7 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, rows: Tensor, sizes: list[int], order: Tensor, dtype: torch.dtype, group: "distributed.ProcessGroup"
+        ctx: Any, rows: Tensor, sizes: list[int], order: Tensor, dtype: torch.dtype, group: "ProcessGroup"
     ) -> Tensor:
         ctx.sizes, ctx.order, ctx.dtype, ctx.group = sizes, order, rows.dtype, group
         return _gather(rows, sizes, group)[order].to(dtype)

@@ -45,6 +45,11 @@ def lp_distances(distance: LpDistance, queries: Tensor, references: Tensor) -> T
     return powers.masked_fill(same, 0)
 
 
+def keep_short(distance: Any, vectors: Tensor, source: torch.dtype) -> Tensor:
+    """Vectors that were cast from the dtype ``source``; :func:`functional.keep_short` where lengths do not matter."""
+    return functional.keep_short(vectors, source) if is_plain_cosine(distance) else vectors
+
+
 def within_classes(distance: Any, proxies: Tensor) -> Tensor:
     """``(c, K, K)`` of ``(c, K, D)``: the similarities between the proxies of each class."""
     dtype, rows = functional.compute_dtype(proxies), proxies.flatten(0, 1)

@@ -1,6 +1,6 @@
 """One step of the loss, from embeddings to the loss of each sample: by the analytic gradient or by autograd."""
 
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, distributed
@@ -8,6 +8,7 @@ from torch.autograd import forward_ad
 
 from . import _analytic as analytic
 from . import _shard as sharding
+from . import _similarity as similarity
 from . import functional
 from ._analytic import online_softmax, within_class
 from ._analytic.chunks import make_plan
@@ -16,14 +17,9 @@ from ._analytic.products import prepare
 from ._check import Settings
 from ._pml import statistics_kept
 from ._shard import Shard
-from ._similarity import (
-    is_plain_cosine,
-    is_recorded_at_once,
-    record_norms,
-    similarities,
-    within_classes,
-    without_autocast,
-)
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 Implementation = Literal["analytic", "autograd"]
 
@@ -39,7 +35,7 @@ class Step(NamedTuple):
     """``(c', K, D)``, of the classes of this process."""
     usage: Tensor
     """``(c', K)``, likewise."""
-    usage_group: "distributed.ProcessGroup | str | None"
+    usage_group: "ProcessGroup | str | None"
     """The processes whose batches update the usage together; ``"world"``: all there are."""
     updates_usage: bool
     """Whether this step updates the usage, in place, before it uses it."""
@@ -63,8 +59,8 @@ class Result(NamedTuple):
 
 def sample_losses(step: Step) -> Result:
     """The loss of each sample."""
-    if step.distance.collect_stats and is_recorded_at_once(step.distance):
-        record_norms(step.distance, step.embeddings, step.proxies.flatten(0, 1))
+    if step.distance.collect_stats and similarity.is_recorded_at_once(step.distance):
+        similarity.record_norms(step.distance, step.embeddings, step.proxies.flatten(0, 1))
     result = _by_autograd(step) if _implementation(step) == "autograd" else _by_analytic_gradient(step)
     weight = step.settings.neighbor_weight
     if weight is None:
@@ -82,7 +78,7 @@ def _implementation(step: Step) -> Implementation:
     if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None or _is_transformed():
         return "autograd"
     dtype = functional.compute_dtype(step.embeddings, step.proxies)
-    if is_plain_cosine(step.distance) and step.proxies.dtype == dtype:
+    if similarity.is_plain_cosine(step.distance) and step.proxies.dtype == dtype:
         return "analytic"
     # For other distances, autograd is faster while all similarities fit at once.
     plan = make_plan(step.settings.classes_per_chunk, len(step.labels), step.proxies, dtype)
@@ -101,7 +97,7 @@ def _by_analytic_gradient(step: Step) -> Result:
     plan = make_plan(settings.classes_per_chunk, len(positions), proxies, proxies.dtype)
     context = analytic.Context(products, plan, settings)
     wants_gradient = torch.is_grad_enabled() and (embeddings.requires_grad or proxies.requires_grad)
-    with torch.no_grad(), without_autocast(embeddings.device.type):
+    with torch.no_grad(), similarity.without_autocast(embeddings.device.type):
         scan = analytic.scan(context, proxies, positions, keep=plan.keep and wants_gradient)
         assignment = within_class.assign(scan.target_similarities, settings.temperature, settings.views)
         balance = within_class.balance(assignment.q, _updated_usage(step, positions, assignment.q.T))
@@ -117,7 +113,7 @@ def _by_analytic_gradient(step: Step) -> Result:
 
 def _by_autograd(step: Step) -> Result:
     settings, labels, shape = step.settings, step.labels, step.proxies.shape[:2]
-    to_proxies = similarities(step.distance, step.embeddings, step.proxies.flatten(0, 1))
+    to_proxies = similarity.similarities(step.distance, step.embeddings, step.proxies.flatten(0, 1))
     to_proxies = torch.unflatten(to_proxies, 1, shape)
     to_classes = POOLINGS[settings.pooling].equation(to_proxies, settings.scale, settings.temperature)
     to_target = to_proxies[torch.arange(len(labels), device=labels.device), labels]
@@ -140,9 +136,9 @@ def _neighbor_loss(step: Step, assignments: Tensor) -> Tensor:
     settings, finite = step.settings, step.embeddings.isfinite().all(dim=1)
     any_vector = torch.linspace(1, 2, step.embeddings.shape[1], dtype=step.embeddings.dtype, device=finite.device)
     embeddings = torch.where(finite.unsqueeze(1), step.embeddings, any_vector)
-    with without_autocast(finite.device.type), statistics_kept(step.distance):
+    with similarity.without_autocast(finite.device.type), statistics_kept(step.distance):
         mean, smoothed = _neighborhoods(step, torch.where(finite.unsqueeze(1), assignments.detach(), 0), finite)
-        to_samples = similarities(step.distance, embeddings, embeddings).masked_fill(~finite, -torch.inf)
+        to_samples = similarity.similarities(step.distance, embeddings, embeddings).masked_fill(~finite, -torch.inf)
         return functional.neighbor_loss(
             to_samples, mean, smoothed, step.labels, settings.neighbor_temperature, settings.views
         )
@@ -172,7 +168,7 @@ def _neighborhoods(step: Step, assignments: Tensor, finite: Tensor) -> tuple[Ten
 
 def _kernels(step: Step, proxies: Tensor) -> Tensor:
     """How near the proxies of a class are to each other, from 0 to 1: ``(c, K, K)`` of ``(c, K, D)``."""
-    to_each_other = within_classes(step.distance, proxies)
+    to_each_other = similarity.within_classes(step.distance, proxies)
     to_itself = to_each_other.diagonal(dim1=1, dim2=2)
     below = to_each_other - (to_itself.unsqueeze(1) + to_itself.unsqueeze(2)) / 2
     return (below / step.settings.temperature).exp()
@@ -206,7 +202,7 @@ def _updated_usage(step: Step, positions: Tensor, assignments: Tensor) -> Tensor
     return step.usage.index_select(0, positions).to(assignments.dtype)
 
 
-def _add_over_processes_(sums: Tensor, group: "distributed.ProcessGroup | str | None") -> None:
+def _add_over_processes_(sums: Tensor, group: "ProcessGroup | str | None") -> None:
     if group is not None and group != "world":
         distributed.all_reduce(sums, group=group)
     elif group == "world" and distributed.is_available() and distributed.is_initialized():

@@ -90,7 +90,7 @@ class ShardedMultiProxyEntropyLoss(MultiProxyEntropyLoss):
         num_classes: int,
         embedding_size: int,
         *args: Any,
-        process_group: "distributed.ProcessGroup | None" = None,
+        process_group: distributed.ProcessGroup | None = None,
         **kwargs: Any,
     ) -> None:
         check.process_group("process_group", process_group)

@@ -2,12 +2,12 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from pytorch_metric_learning.distances import CosineSimilarity
-from torch import Tensor, distributed
+from torch import Tensor
 
 from . import _check as check
 from . import _kmeans as kmeans
@@ -23,6 +23,9 @@ from ._monitor import Statistics, UntrainedProxies, statistics
 from ._pml import ARGUMENTS, ProxyLoss
 from ._shard import Shard
 from ._similarity import is_plain_cosine, is_recorded_at_once, record_norms, similarities
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 __all__ = ["MultiProxyEntropyLoss"]
 
@@ -175,7 +178,7 @@ class MultiProxyEntropyLoss(ProxyLoss):
         neighbor_weight: float | None = None,
         neighbor_temperature: float = 0.2,
         usage_momentum: float = 0.9,
-        usage_group: "distributed.ProcessGroup | str | None" = None,
+        usage_group: "ProcessGroup | str | None" = None,
         views: int = 1,
         classes_per_chunk: int | None = None,
         **kwargs: Any,
@@ -229,9 +232,7 @@ class MultiProxyEntropyLoss(ProxyLoss):
         check.references(embeddings, labels, ref_emb, ref_labels, self.views)
         batch = self._checked(embeddings, labels, indices_tuple)
         dtype = functional.compute_dtype(batch.embeddings, self.proxies)
-        batch = sharding.gather(
-            batch, self._shard, self.views, dtype, is_plain_cosine(self.distance), self._is_training()
-        )
+        batch = sharding.gather(batch, self._shard, self.views, dtype, self.distance, self._is_training())
         loss_dict = self.compute_loss(*batch, batch.embeddings, batch.labels)
         return self.reduced(loss_dict, batch.embeddings, batch.labels)
 
@@ -328,7 +329,9 @@ class MultiProxyEntropyLoss(ProxyLoss):
             labels = check.labels(labels, len(embeddings), self.num_classes).to(embeddings.device)
         proxies = self._local(self.proxies)
         dtype = functional.compute_dtype(embeddings, proxies)
-        rows, row_labels, sizes = sharding.gather_rows(embeddings, labels, self._shard, dtype, self._is_training())
+        rows, row_labels, sizes = sharding.gather_rows(
+            embeddings, labels, self._shard, dtype, self.distance, self._is_training()
+        )
         if row_labels is None:
             largest, position = nearest.nearest_of_all(self.distance, rows, proxies, self._shard)
         else:

@@ -410,8 +410,10 @@ def neighbor_loss(
         \end{cases}
 
     The targets :math:`t` of a sample sum to 1 and get no gradient. :math:`\bar q_i` is the assignment of sample
-    :math:`i`, averaged over its views; the kernel :math:`M_c(k, l) = \exp\big((s(w_{ck}, w_{cl}) - 1) / \rho\big)`
-    says how near two proxies of a class are. With one proxy per class, :math:`N` is supervised contrast.
+    :math:`i`, averaged over its views. The kernel :math:`M_c(k, l) = \exp\big((s(w_{ck}, w_{cl}) - 1) / \tau\big)`,
+    with the temperature :math:`\tau` of the assignment, says how near two proxies of a class are; for other distances
+    than the cosine, the 1 is the mean of the similarities of both proxies to themselves. With one proxy per class,
+    :math:`N` is supervised contrast.
 
     Sources. The loss is ours; its kin: SupCon (Khosla et al., *Supervised Contrastive Learning*, NeurIPS 2020), whose
     targets are the same for all samples of a class; MaskCon (Feng, Patras, CVPR 2023), with targets from the

@@ -31,8 +31,8 @@ __all__ = ["MultiProxyEntropyLoss"]
 
 
 class MultiProxyEntropyLoss(ProxyLoss):
-    r"""Classification by several proxies per class; entropy terms make each sample commit to one of them, and bring all
-    of them into use.
+    r"""Classification by several proxies per class. Entropy terms make each sample commit to one proxy and bring all
+    proxies into use; with several views, samples that share a proxy attract each other.
 
     The proxies are a parameter: give ``loss_func.parameters()`` to an optimizer, in PML's trainers as
     ``metric_loss_optimizer``. A learning rate about ten times that of the network is a good first try.
@@ -45,43 +45,44 @@ class MultiProxyEntropyLoss(ProxyLoss):
         &+ \lambda_\mathrm{intra}\, H_\mathrm{intra}(i)
         + \lambda_\mathrm{inter}\, \big(\log C - H_\mathrm{inter}(i)\big) \\
         &+ \lambda_\mathrm{balance}\, \Big(\log K + \sum_k q_i(k) \log u_{y_i}(k)\Big)
+        + \lambda_\mathrm{neighbor}\, N_i
 
     - :math:`\mathrm{CE}_i`: cross-entropy of the target class, over class similarities pooled from the proxies
       (:func:`~pml_multiproxy.functional.classification_loss`);
     - :math:`H_\mathrm{intra}`: entropy of the assignment :math:`q_i` of a sample to the proxies of its class,
       minimised: every sample commits to a proxy;
     - :math:`H_\mathrm{inter}`: entropy of the class distribution, maximised: it stays smooth;
-    - the last term, the balance, spreads the samples of a class over its proxies: proxies that are used much, by the
-      usage :math:`u`, a running mean of the assignment, cost more. With :math:`\lambda_\mathrm{intra} =
-      \lambda_\mathrm{balance}`, the within-class terms maximise the mutual information between sample and proxy inside
-      each class.
+    - the balance spreads the samples of a class over its proxies: a proxy costs more the more it is used. The usage
+      :math:`u` is a running mean of the assignment. With :math:`\lambda_\mathrm{intra} = \lambda_\mathrm{balance}`,
+      the within-class terms maximise the mutual information between sample and proxy inside each class;
+    - :math:`N_i`: a contrast between the samples of the batch, whose targets come from the proxies
+      (:func:`~pml_multiproxy.functional.neighbor_loss`).
 
     The constants :math:`\log C` and :math:`\log K` change no gradient. They keep most losses above 0, since reducers
     such as ``AvgNonZeroReducer`` drop losses of 0 and below. The loss of a single sample may still be negative.
 
-    In ``train()`` mode with gradients enabled, each call first updates the usage with the batch, then uses it. In
-    ``eval()`` mode or without gradients it only uses it.
+    In ``train()`` mode with gradients enabled, each call first updates the usage with the batch, then uses it: so
+    optimizers that call the loss several times a step (SAM, LBFGS) update it each time. In ``eval()`` mode or without
+    gradients a call only uses it. An empty batch has a loss of 0.
 
     **Views.** With ``views=V`` from 2 on, a batch is :math:`V` blocks of equal length, and row :math:`i` of every block
     is a view, a random augmentation, of the same sample. The intra-class entropy of a view then becomes the
     cross-entropy between its assignment and those of the other views
-    (:func:`~pml_multiproxy.functional.cross_view_entropy`): views of a sample have to choose the same proxy. All other
-    terms are those of each row. :mod:`pml_multiproxy.views` makes such batches from a dataset with a random transform.
+    (:func:`~pml_multiproxy.functional.cross_view_entropy`): views of a sample have to choose the same proxy.
+    :mod:`pml_multiproxy.views` makes such batches from a dataset with a random transform.
 
-    **Defaults.** They are the same for all tasks, with and without views: of the settings that were measured on all
-    eight, those with the highest mean of MAP@R, each relative to the best on that task, on validation data
-    (benchmarks/retrieval). With any one of the tasks left out, the others choose them, too. Where classes are one
-    cluster, take a single proxy, or ``intra_weight=0`` and ``balance_weight=0``.
+    **Your labels are what you want to retrieve** (new classes of the same kind): take ``proxies_per_class=1``,
+    ``intra_weight=0`` and ``balance_weight=0``.
 
     Sources. Intra- and inter-class entropy: Yu, Zhang, Li, Zhang, *Multi-Proxy Learning from an Entropy Optimization
     Perspective*, IJCAI 2022, pp. 1594-1600, doi:10.24963/ijcai.2022/222. Only its abstract, the caption of its Figure 1
-    and summaries were available to us: the equations are our reading of them, not a copy, and ``balance_weight=0`` is
-    our reading of the paper's objective. Balance: mutual-information maximisation as known from discriminative
-    clustering, applied within classes: RIM (Krause, Perona, Gomes, *Discriminative Clustering by Regularized
-    Information Maximization*, NIPS 2010) and IMSAT (Hu et al., *Learning Discrete Representations via Information
-    Maximizing Self-Augmented Training*, ICML 2017). FALCON (ICML 2024) has such a term over batches instead of a
-    running mean. Views: the self-augmentation of IMSAT, within classes. Related methods without classes are IIC (Ji,
-    Henriques, Vedaldi, *Invariant Information Clustering*, ICCV 2019) and SwAV (Caron et al., NeurIPS 2020).
+    and summaries were available to us: the equations are our reading of them, not a copy, and ``balance_weight=0`` and
+    ``neighbor_weight=0`` are our reading of the paper's objective. Balance: mutual-information maximisation as known
+    from discriminative clustering, applied within classes: RIM (Krause, Perona, Gomes, *Discriminative Clustering by
+    Regularized Information Maximization*, NIPS 2010) and IMSAT (Hu et al., *Learning Discrete Representations via
+    Information Maximizing Self-Augmented Training*, ICML 2017). FALCON (ICML 2024) has such a term over batches instead
+    of a running mean. Views: the self-augmentation of IMSAT, within classes. Related methods without classes are IIC
+    (Ji, Henriques, Vedaldi, *Invariant Information Clustering*, ICCV 2019) and SwAV (Caron et al., NeurIPS 2020).
 
     Args:
         num_classes: :math:`C`, at least 1.
@@ -95,6 +96,9 @@ class MultiProxyEntropyLoss(ProxyLoss):
         intra_weight: :math:`\lambda_\mathrm{intra}` >= 0.
         inter_weight: :math:`\lambda_\mathrm{inter}` >= 0.
         balance_weight: :math:`\lambda_\mathrm{balance}` >= 0.
+        neighbor_weight: :math:`\lambda_\mathrm{neighbor}` >= 0. ``None``: 1 with several views, 0 with one. With one
+            view the term reinforces whatever the proxies found first, which helps on some data and harms on other.
+        neighbor_temperature: :math:`\tau_N` > 0, in units of the similarity.
         usage_momentum: per-sample momentum of the running usage, from 0 to 1.
         usage_group: for ``DistributedDataParallel``: the processes whose batches update the usage together. A
             ``torch.distributed.ProcessGroup``, or ``"world"`` for the default group, which need not exist before the
@@ -118,6 +122,7 @@ class MultiProxyEntropyLoss(ProxyLoss):
         intra_class_entropy: likewise, the mean of :math:`H_\mathrm{intra}`.
         inter_class_entropy: likewise, the mean of :math:`H_\mathrm{inter}`.
         balance: likewise, the mean of :math:`\log K + \sum_k q \log u`.
+        neighbor_loss: likewise, the mean of :math:`N`; 0 if its weight is 0.
         proxies_in_use: with ``collect_stats=True``, the share of all proxies that have at least a tenth of an even
             share of their class.
         usage_perplexity: with ``collect_stats=True``, :math:`\exp H(u_c)`, mean over all classes: over how many proxies
@@ -138,14 +143,13 @@ class MultiProxyEntropyLoss(ProxyLoss):
     and a ``GradScaler``, gradients may then overflow.
 
     Raises:
-        TypeError, ValueError: for an argument of the wrong kind, shape, dtype, device or range. Labels and indices on a
-            GPU are not checked for their range, which would be a device synchronisation; whether they are the same in
-            each view, in the first batch alone. For ``reseed_below`` together with ``usage_group``, since the random
-            choices would differ between the processes. For pickling a loss that has a process group as its
-            ``usage_group``.
-        RuntimeError: for a call in training within a backward pass, as ``torch.utils.checkpoint`` around the loss makes
-            it, or within a transform of ``torch.func``, since each call in training updates the usage. For
-            differentiating the gradient again, except where autograd computes it.
+        TypeError, ValueError: for an argument of the wrong kind, shape, dtype, device or range; for a setting changed
+            later, at the next call. Settings cannot be learned. On a GPU, the range of labels and indices is not
+            checked, which would be a device synchronisation; equal labels in all views only in the first batch. For a
+            ``distance`` that learns or collects statistics where the classes are computed some at a time.
+        RuntimeError: for a call in training within a backward pass, as by ``torch.utils.checkpoint`` around the loss,
+            or within a transform of ``torch.func``, since each call in training updates the usage. For differentiating
+            the gradient again, except where autograd computes it.
 
     Example:
         >>> import torch

@@ -8,14 +8,12 @@ from torch import Tensor, distributed
 from torch.distributed.tensor import DTensor
 
 from . import _validation as check
-from ._checkpoints.loading import load_checkpoint
-from ._checkpoints.saving import save_checkpoint
 from ._module import SETTINGS, ProxyLossModule
 from ._saving import describe
 from ._sharding.layout import ShardedLayout
 from ._sharding.ranks import Ranks
 
-__all__ = ["ShardedMultiProxyEntropyLoss", "load_checkpoint", "save_checkpoint"]
+__all__ = ["ShardedMultiProxyEntropyLoss"]
 
 
 class ShardedMultiProxyEntropyLoss(ProxyLossModule):
@@ -37,8 +35,8 @@ class ShardedMultiProxyEntropyLoss(ProxyLossModule):
     ``DTensor``.
 
     **Parameters.** ``proxies`` and ``proxy_usage`` are ``DTensor``, sharded by class. Optimizers, ``clip_grad_norm_``
-    and ``torch.distributed.checkpoint`` handle them; :func:`save_checkpoint` and :func:`load_checkpoint` take them from
-    any number of ranks to any other. ``load_state_dict`` takes the state of the ordinary loss, too. Give the proxies a
+    and ``torch.distributed.checkpoint`` handle them; a checkpoint goes from any number of ranks to any other
+    (``examples/train_sharded.py``). ``load_state_dict`` takes the state of the ordinary loss, too. Give the proxies a
     parameter group of their own. Make the loss on the device that it is to stay on, as in
     ``with torch.device("cuda"):``.
 

@@ -4,6 +4,8 @@ import torch
 from cases import LearnedDistance
 from pytorch_metric_learning import distances
 from torch import distributed
+from torch.distributed.checkpoint.state_dict import get_state_dict
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from pml_multiproxy import MultiProxyEntropyLoss
@@ -93,8 +95,11 @@ def train(group, model, optimizer, steps):
             optimizer.step()
 
 
-def whole_state(model):
+def whole_state(model, optimizer):
+    """Parameters, buffers and moments by name, of all ranks together."""
+    state, of_optimizer = get_state_dict(model, optimizer)
+    for name, moments in of_optimizer["state"].items():
+        state |= {f"{name}: {kind}": value for kind, value in moments.items()}
     return {
-        name: value.full_tensor() if hasattr(value, "full_tensor") else value.clone()
-        for name, value in model.state_dict().items()
+        name: (value.full_tensor() if isinstance(value, DTensor) else value).clone() for name, value in state.items()
     }

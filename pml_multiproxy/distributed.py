@@ -19,14 +19,13 @@ __all__ = ["ShardedMultiProxyEntropyLoss"]
 class ShardedMultiProxyEntropyLoss(MultiProxyEntropyLoss):
     r"""The loss of :class:`~pml_multiproxy.losses.MultiProxyEntropyLoss`, each process holding some of the classes.
 
-    Each rank of the group holds the proxies and the usage of a slice of the classes, and brings samples of its own. The
-    samples are gathered, and each rank computes their similarities to its proxies. Then six numbers per sample are
-    reduced over the ranks: the softmax over all classes needs no more. Nothing is approximated: every rank returns the
-    loss that one process would compute of all samples, ordered by rank.
+    Each rank of the group holds the proxies and the usage of a slice of the classes, and brings samples of its own. All
+    ranks gather all samples, and each computes their similarities to its own proxies. Then they reduce six numbers per
+    sample, all that the softmax over all classes needs; the neighbour term needs 2 K more. Nothing is approximated:
+    every rank returns the loss that one process would compute from all samples, ordered by rank.
 
-    Ranks may bring different numbers of samples, also none. The reducer sees all samples: the mean is that over all
-    samples of all ranks. The tuple of a miner is that of the rank's own samples; its counts are divided by the largest
-    count on any rank.
+    Ranks may bring different numbers of samples, also none. The reducer sees the samples of all ranks. A miner's tuple
+    refers to the rank's own samples; the loss divides its counts by the largest count on any rank.
 
     **Gradients.** ``loss.backward()`` has to run on every rank. The proxies get the gradient of the loss. The
     embeddings get it **times the number of ranks**, for ``DistributedDataParallel`` around the network, which divides
@@ -35,18 +34,16 @@ class ShardedMultiProxyEntropyLoss(MultiProxyEntropyLoss):
     ``DTensor``.
 
     **Parameters.** ``proxies`` and ``proxy_usage`` are ``DTensor``, sharded by class. Optimizers, ``clip_grad_norm_``
-    and ``torch.distributed.checkpoint`` handle them; :func:`save_checkpoint` and :func:`load_checkpoint` take them from
-    any number of ranks to any other. ``load_state_dict`` takes the state of the ordinary loss, too. Give the proxies a
+    and ``torch.distributed.checkpoint`` handle them; a checkpoint goes from any number of ranks to any other
+    (``examples/train_sharded.py``). ``load_state_dict`` takes the state of the ordinary loss, too. Give the proxies a
     parameter group of their own. Make the loss on the device that it is to stay on, as in
     ``with torch.device("cuda"):``.
 
     **Initial proxies.** Each rank draws its own, from a seed that the first rank draws: they differ from those that one
     process draws under the same seed, and from those of another number of ranks.
 
-    With ``reseed_below``, each rank moves the proxies that it holds, by random choices of its own.
-
-    With ``views``, the views of a sample lie on the same rank: each rank brings blocks of its own, and the loss is that
-    of the blocks of all ranks, first view, second view and so on.
+    With ``views``, all views of a sample lie on the same rank: each rank brings blocks of its own. The neighbour term
+    contrasts the samples of all ranks.
 
     Arguments that are not listed are those of the ordinary loss.
 
@@ -56,9 +53,8 @@ class ShardedMultiProxyEntropyLoss(MultiProxyEntropyLoss):
         process_group: a ``torch.distributed.ProcessGroup``; ``None``: all processes. All its ranks have to call the
             loss together, with the same settings and dtype of embeddings, and all in training or none.
         classes_per_chunk: as in the ordinary loss, of the classes of the rank.
-        **kwargs: as in the ordinary loss, but ``weight_regularizer``, which would have to see all proxies, and
-            ``usage_group``, which the sharded loss does not need, have to be ``None``. Parameters of the ``distance``
-            have to start equal on all ranks; they get the same gradient on each.
+        **kwargs: as in the ordinary loss. ``weight_regularizer`` has to be ``None``, since it would have to see all
+            proxies, and ``usage_group``, since every rank sees all samples. The ``distance`` must not learn.
 
     Attributes:
         classes: the range of classes that this rank holds.

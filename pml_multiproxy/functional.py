@@ -435,7 +435,7 @@ def neighbor_loss(
     >>> similarities = torch.tensor([[1.0, 0.8, 0.1], [0.8, 1.0, 0.2], [0.1, 0.2, 1.0]])
     >>> assignments, labels = torch.ones(3, 1), torch.tensor([0, 0, 1])  # one proxy: both of class 0 are neighbours
     >>> neighbor_loss(similarities, assignments, assignments, labels, temperature=0.2, views=1)
-    tensor([0.0297, 0.0486, 0.0000])
+    tensor([0.0298, 0.0486, 0.0000])
     """
     sample = torch.arange(len(labels), device=labels.device) % max(len(labels) // views, 1)
     left_out = torch.eye(len(labels), dtype=torch.bool, device=labels.device) | (similarities.detach() == -torch.inf)
@@ -444,7 +444,7 @@ def neighbor_loss(
     targets = targets / targets.sum(dim=1, keepdim=True).clamp_min(torch.finfo(targets.dtype).tiny)
     # Not minus infinity: times a target of zero, it would be NaN.
     logits = (similarities / temperature).masked_fill(left_out, 0.5 * torch.finfo(similarities.dtype).min)
-    return -(targets * F.log_softmax(logits, dim=1)).sum(dim=1)
+    return (targets * -F.log_softmax(logits, dim=1)).sum(dim=1)
 
 
 class Terms(NamedTuple):

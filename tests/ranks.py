@@ -3,19 +3,17 @@
 import functools
 import importlib
 import inspect
-import os
 import tempfile
-import time
 import traceback
 import warnings
+from concurrent import futures
 from datetime import timedelta
-from multiprocessing import connection, get_context
+from multiprocessing import get_context
 
 import pytest
 import torch
 from torch import distributed
 
-SIZE = 4
 TIMEOUT = timedelta(seconds=20)
 """After which a rank gives up waiting for the others."""
 
@@ -23,8 +21,7 @@ TIMEOUT = timedelta(seconds=20)
 def on(*sizes):
     """Makes a test of a function of a process group, which every rank of the group calls, for each size of the group.
 
-    Its other arguments are parameters or fixtures, as for any test; they are sent to the ranks. Without sizes here,
-    ``size`` is a parameter among them, which the function does not get.
+    Its other arguments are parameters or fixtures, as for any test; they are sent to the ranks.
     """
 
     def make_test(function):
@@ -32,11 +29,9 @@ def on(*sizes):
         def test(pool, size, **arguments):
             pool.run(function, size, **arguments)
 
-        _, *others = inspect.signature(function).parameters.values()
-        own = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in ("pool", "size")]
-        test.__signature__ = inspect.Signature([*own, *others])
-        ids = [f"{size} ranks" for size in sizes]
-        return pytest.mark.parametrize("size", sizes, ids=ids)(test) if sizes else test
+        group, *others = inspect.signature(function).parameters.values()
+        test.__signature__ = inspect.Signature([group.replace(name="pool"), group.replace(name="size"), *others])
+        return pytest.mark.parametrize("size", sizes, ids=[f"{size} ranks" for size in sizes])(test)
 
     return make_test
 
@@ -44,38 +39,28 @@ def on(*sizes):
 class Pool:
     """Ranks that start with the first call, and anew with the next call after one that failed."""
 
-    def __init__(self, size=SIZE, timeout=TIMEOUT):
-        self.size, self.timeout, self._processes = size, timeout, []
+    def __init__(self, size=4):
+        self.size, self._executors = size, []
 
-    def run(self, function, size=SIZE, **arguments):
+    def run(self, function, size=4, **arguments):
         """``function(group, **arguments)`` on the first ``size`` ranks; fails with the traceback of each that fails."""
-        outcomes = self.outcomes(function, size, **arguments)
-        if any(outcomes):
-            texts = [f"rank {rank}: {outcome}" for rank, outcome in enumerate(outcomes) if outcome]
+        outcomes = enumerate(self.outcomes(function, size, **arguments))
+        if texts := [f"rank {rank}: {outcome}" for rank, outcome in outcomes if outcome]:
             pytest.fail("\n".join(texts), pytrace=False)
 
-    def outcomes(self, function, size, limit=120.0, grace=3.0, wait_for=None, **arguments):
+    def outcomes(self, function, size, grace=3.0, wait_for=None, **arguments):
         """What went wrong, by rank, in words.
 
-        Waits for all ranks, or those of ``wait_for``, at most ``limit`` seconds, or ``grace`` after one has failed.
+        Waits for all ranks, or those of ``wait_for``, at most two minutes, or ``grace`` after one has failed.
         """
-        if not self._processes:
+        if not self._executors:
             self._start()
-        for connected in self._connections:
-            connected.send((function.__module__, function.__qualname__, size, arguments))
-        outcomes = ["did not end"] * self.size
-        waiting = dict(zip(self._connections, range(self.size), strict=True))
-        end = time.monotonic() + limit
-        wait_for = set(range(self.size) if wait_for is None else wait_for)
-        while wait_for & set(waiting.values()) and (left := end - time.monotonic()) > 0:
-            for connected in connection.wait(list(waiting), left):
-                rank = waiting.pop(connected)
-                try:
-                    outcomes[rank] = connected.recv()
-                except EOFError:
-                    outcomes[rank] = "died"
-                if outcomes[rank]:
-                    end = min(end, time.monotonic() + grace)
+        call = function.__module__, function.__qualname__, size, arguments
+        calls = [executor.submit(_call, *call) for executor in self._executors]
+        awaited = calls if wait_for is None else [calls[rank] for rank in wait_for]
+        futures.wait(awaited, 120, futures.FIRST_EXCEPTION)
+        futures.wait(awaited, grace)
+        outcomes = [_outcome(call) for call in calls]
         if any(outcomes):
             self.close()
         return outcomes
@@ -84,41 +69,43 @@ class Pool:
         context = get_context("forkserver")
         context.set_forkserver_preload(["pml_multiproxy.distributed"])  # once, instead of in every process
         self._folder = tempfile.TemporaryDirectory()
-        self._connections = []
         for rank in range(self.size):
-            ours, theirs = context.Pipe()
-            settings = (rank, self.size, self.timeout, self._folder.name, theirs)
-            self._processes.append(context.Process(target=_serve, args=settings, daemon=True))
-            self._processes[-1].start()
-            self._connections.append(ours)
-            theirs.close()
+            arguments = rank, self.size, f"{self._folder.name}/store"
+            self._executors.append(futures.ProcessPoolExecutor(1, context, _join, arguments))
 
     def close(self):
-        for process in self._processes:
-            process.kill()
-        for process in self._processes:
-            process.join()
-        if self._processes:
+        for executor in self._executors:
+            for process in list(executor._processes.values()):
+                process.kill()
+            executor.shutdown()
+        if self._executors:
             self._folder.cleanup()
-        self._processes = []
+        self._executors = []
 
 
-def _serve(rank, of, timeout, folder, connected):
+def _join(rank, of, path):
     warnings.simplefilter("error")
-    for message in ("TypedStorage is deprecated", "You are using `torch.load`"):  # torch 2.5's checkpoints
-        warnings.filterwarnings("ignore", message)
+    warnings.filterwarnings(
+        "ignore", "TypedStorage is deprecated|You are using `torch.load`"
+    )  # torch 2.5's checkpoints
     torch.set_num_threads(1)
-    store = distributed.FileStore(os.path.join(folder, "store"), of)
-    distributed.init_process_group("gloo", store=store, rank=rank, world_size=of, timeout=timeout)
-    while True:
-        module, name, size, arguments = connected.recv()
-        group = distributed.new_group(list(range(size)), timeout=timeout)
-        outcome = ""
-        if rank < size:
-            try:
-                torch.manual_seed(0)
-                function = inspect.unwrap(getattr(importlib.import_module(module), name))
-                function(group, **arguments)
-            except BaseException:  # also an exit of the process
-                outcome = traceback.format_exc()
-        connected.send(outcome)
+    store = distributed.FileStore(path, of)
+    distributed.init_process_group("gloo", store=store, rank=rank, world_size=of, timeout=TIMEOUT)
+
+
+def _call(module, name, size, arguments):
+    group = distributed.new_group(list(range(size)), timeout=TIMEOUT)
+    if distributed.get_rank() >= size:
+        return
+    torch.manual_seed(0)
+    try:
+        inspect.unwrap(getattr(importlib.import_module(module), name))(group, **arguments)
+    except BaseException:  # also an exit of the process, and errors that cannot be pickled
+        raise RuntimeError(traceback.format_exc()) from None
+
+
+def _outcome(call):
+    if not call.done():
+        return "did not end"
+    error = call.exception()
+    return "died" if isinstance(error, futures.BrokenExecutor) else str(error or "")

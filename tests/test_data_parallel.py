@@ -13,7 +13,6 @@ from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 
 from pml_multiproxy import MultiProxyEntropyLoss
-from pml_multiproxy._data_parallel import SYNC_BUFFERS
 
 
 def assert_same_on_all_ranks(tensor, group):
@@ -26,25 +25,30 @@ def make_loss(**settings):
     return MultiProxyEntropyLoss(CLASSES, SIZE, PER_CLASS, **settings)
 
 
-@on()
-@pytest.mark.parametrize(("size", "broadcasts"), [(2, True), (2, False), (4, True)])
-def test_data_parallel_is_one_process_with_the_whole_batch(group, broadcasts):
-    rank, size = distributed.get_rank(group), distributed.get_world_size(group)
-    one = Model(make_loss(margin=0.1)).double()
-    model = Model(make_loss(margin=0.1, usage_group=group)).double()
+def pair_of_models(group, margin=0.0):
+    """Of one process, and of this rank."""
+    one, model = (Model(make_loss(margin=margin, usage_group=g)).double() for g in (None, group))
     model.load_state_dict(one.state_dict())
-    parallel = DistributedDataParallel(model, process_group=group, **{SYNC_BUFFERS: broadcasts})
+    return one, model
+
+
+def assert_same_gradients(model, one):
+    for actual, expected in zip(model.parameters(), one.parameters(), strict=True):
+        assert_close(actual.grad, expected.grad, 1e-10)
+
+
+@on(2, 4)
+def test_data_parallel_is_one_process_with_the_whole_batch(group):
+    rank, size = distributed.get_rank(group), distributed.get_world_size(group)
+    one, model = pair_of_models(group, margin=0.1)
+    parallel = DistributedDataParallel(model, process_group=group)
     optimizers = [torch.optim.Adam(m.parameters(), lr=0.01) for m in (one, parallel)]
     for inputs, labels in batches(steps=60, sizes=[6] * size):
-        for optimizer, loss in zip(
-            optimizers,
-            (one(torch.cat(inputs), torch.cat(labels)), parallel(inputs[rank], labels[rank])),
-            strict=True,
-        ):
+        losses = one(torch.cat(inputs), torch.cat(labels)), parallel(inputs[rank], labels[rank])
+        for optimizer, loss in zip(optimizers, losses, strict=True):
             optimizer.zero_grad()
             loss.backward()
-        for expected, actual in zip(one.parameters(), model.parameters(), strict=True):
-            assert_close(actual.grad, expected.grad, 1e-10)
+        assert_same_gradients(model, one)
         for optimizer in optimizers:
             optimizer.step()
     assert_close(dict(model.named_parameters()), dict(one.named_parameters()), 1e-10)
@@ -55,40 +59,26 @@ def test_data_parallel_is_one_process_with_the_whole_batch(group, broadcasts):
 
 
 @on(2)
-def test_without_usage_group_it_is_not(group):
-    """So that the test above can fail."""
-    rank = distributed.get_rank(group)
-    one = Model(make_loss()).double()
-    parallel = DistributedDataParallel(copy.deepcopy(one), process_group=group)
-    for inputs, labels in batches(steps=2, sizes=[6, 6]):
-        one.zero_grad()
-        one(torch.cat(inputs), torch.cat(labels)).backward()
-        parallel(inputs[rank], labels[rank]).backward()
-    assert not parallel.module.loss_func.proxies.grad.allclose(one.loss_func.proxies.grad, atol=1e-4)
-
-
-@on(2)
 def test_network_and_loss_may_be_wrapped_apart(group):
     rank = distributed.get_rank(group)
-    one = Model(make_loss()).double()
-    model = Model(make_loss(usage_group=group)).double()
-    model.load_state_dict(one.state_dict())
-    network = DistributedDataParallel(model.network, process_group=group)
-    loss_func = DistributedDataParallel(model.loss_func, process_group=group)
+    one, model = pair_of_models(group)
+    network, loss_func = (DistributedDataParallel(m, process_group=group) for m in (model.network, model.loss_func))
     for inputs, labels in batches(steps=3, sizes=[6, 6]):
-        one.zero_grad()
-        model.zero_grad()
+        one.zero_grad(), model.zero_grad()
         one(torch.cat(inputs), torch.cat(labels)).backward()
         loss_func(network(inputs[rank]), labels[rank]).backward()
-        for expected, actual in zip(one.parameters(), model.parameters(), strict=True):
-            assert_close(actual.grad, expected.grad, 1e-10)
+        assert_same_gradients(model, one)
 
 
 @on(4)
-def test_usage_is_that_of_all_batches(group):
-    """Of different numbers of rows, and rows that are not finite; the same to the last bit on every rank."""
+@pytest.mark.parametrize("distance", [distances.CosineSimilarity, distances.LpDistance])
+def test_usage_is_that_of_all_batches(group, distance):
+    """Of different numbers of rows, and rows that are not finite; the same to the last bit on every rank.
+
+    By the analytic gradient and by autograd, and not in evaluation.
+    """
     rank = distributed.get_rank(group)
-    one, together = make_loss(), make_loss(usage_group=group)
+    one, together = (make_loss(distance=distance(), usage_group=g) for g in (None, group))
     together.load_state_dict(one.state_dict())
     for inputs, labels in batches(steps=5, sizes=[5, 0, 12, 1]):
         embeddings = [torch.nn.functional.pad(x.float(), (0, 1), value=0.5) for x in inputs]
@@ -103,22 +93,23 @@ def test_usage_is_that_of_all_batches(group):
 
 
 @on(2)
-def test_usage_group_compiles_down_to_plain_equations_too(group):
-    """Other distances go by plain autograd, which takes the usage from the same place."""
+def test_rank_without_samples_adds_nothing(group):
+    """Its loss is zero, and so is its gradient; DistributedDataParallel divides by the number of ranks as ever."""
     rank = distributed.get_rank(group)
-    one, together = (make_loss(distance=distances.LpDistance(), usage_group=g) for g in (None, group))
-    together.load_state_dict(one.state_dict())
-    for inputs, labels in batches(steps=2, sizes=[3, 4]):
-        embeddings = [torch.nn.functional.pad(x.float(), (0, 1), value=0.5) for x in inputs]
-        one(torch.cat(embeddings), torch.cat(labels))
-        together(embeddings[rank], labels[rank])
-        torch.testing.assert_close(together.proxy_usage, one.proxy_usage)
+    one, model = pair_of_models(group)
+    parallel = DistributedDataParallel(model, process_group=group)
+    for inputs, labels in batches(steps=2, sizes=[6, 0]):
+        one.zero_grad(), model.zero_grad()
+        (one(torch.cat(inputs), torch.cat(labels)) / 2).backward()
+        loss = parallel(inputs[rank], labels[rank])
+        loss.backward()
+        assert len(inputs[rank]) or loss == 0
+        assert_same_gradients(model, one)
+        assert_close(model.loss_func.proxy_usage, one.loss_func.proxy_usage, 1e-6)
 
 
 @on(2)
-def test_usage_group_is_refused_where_it_cannot_work(group):
-    with pytest.raises(ValueError, match=r"reseed_below must be 0 with a usage_group, got 0\.1: each process would"):
-        make_loss(usage_group=group, reseed_below=0.1)
+def test_process_group_is_copied_but_not_pickled(group):
     loss_func = make_loss(usage_group=group)
     with pytest.raises(TypeError, match="process group as its usage_group cannot be pickled"):
         pickle.dumps(loss_func)

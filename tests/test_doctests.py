@@ -4,13 +4,9 @@ import doctest
 import inspect
 
 import pytest
-from pml_multiproxy._checkpoints import loading, saving
 
+import pml_multiproxy
 from pml_multiproxy import (
-    _kmeans,
-    _module,
-    _register,
-    _reseeding,
     agreement,
     distributed,
     functional,
@@ -24,20 +20,15 @@ from pml_multiproxy import (
 from pml_multiproxy._analytic import chunks
 
 MODULES = [
-    _kmeans,
-    _module,
-    _register,
-    _reseeding,
+    pml_multiproxy,
     agreement,
     chunks,
     distributed,
     functional,
     inspection,
-    loading,
     losses,
     miners,
     regularizers,
-    saving,
     views,
     visualize,
 ]

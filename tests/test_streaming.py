@@ -198,9 +198,7 @@ def test_proxies_too_short_for_a_direction(per_chunk):
     torch.testing.assert_close(step(loss_func, embeddings, labels), expected, rtol=1e-9, atol=1e-9)
 
 
-@given(
-    seed=st.integers(0, 2**31 - 1), exponent=st.integers(-30, 30), pooling=st.sampled_from(list(POOLINGS))
-)
+@given(seed=st.integers(0, 2**31 - 1), exponent=st.integers(-30, 30), pooling=st.sampled_from(list(POOLINGS)))
 def test_is_finite_where_similarities_are_large(seed, exponent, pooling):
     torch.manual_seed(seed)
     loss_func = MultiProxyEntropyLoss(

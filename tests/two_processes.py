@@ -3,11 +3,7 @@
 import subprocess
 import sys
 
-ENDING = """
-import os, sys
-sys.stdout.flush()
-os._exit(0)
-"""
+ENDING = "\nimport os, sys; sys.stdout.flush(); os._exit(0)\n"
 """Gloo's threads now and then abort a process in which Python ends (pytorch/pytorch#190489), when all is done."""
 NO_THREAD_OF_GLOO_IS_LEFT = """
 from pathlib import Path

@@ -7,8 +7,8 @@ share between the processes. Each process keeps a part of every parameter, the p
 while a module runs. The network computes in bfloat16, the loss in float32. Run the same command with more epochs to go
 on from the last checkpoint, as if never interrupted. Prints MAP@R and the sum of the proxies.
 
-Where there are so many classes that all proxies do not fit one device even for a moment, take
-pml_multiproxy.distributed.ShardedMultiProxyEntropyLoss instead, which never brings them together.
+If all proxies do not fit on one device, take ShardedMultiProxyEntropyLoss instead (../train_sharded.py), which never
+gathers them.
 """
 
 import argparse
@@ -22,11 +22,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.data import DataLoader, DistributedSampler
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # for digits.py
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for digits.py and train_sharded.py
 
 from digits import EMBEDDING_SIZE, load_data, make_optimizer, map_at_r
+from train_sharded import complete, load, save
 
-from pml_multiproxy.distributed import load_checkpoint, save_checkpoint
 from pml_multiproxy.losses import MultiProxyEntropyLoss
 
 ACCUMULATED = 2
@@ -79,12 +79,14 @@ def main(argv=None):
     torch.manual_seed(0)
     model = shard(Model().to(device), device_type)
     optimizer = make_optimizer(model.network, model.loss_func)  # after sharding, which replaces the parameters
-    epochs = load_checkpoint(args.checkpoints, model, optimizer) if args.checkpoints else None
+    saved = complete(args.checkpoints) if args.checkpoints else []
+    if saved:
+        load(saved[-1], model, optimizer)
     sampler = DistributedSampler(load_data()[0], drop_last=True)
-    for epoch in range(epochs or 0, args.epochs):
+    for epoch in range(len(saved), args.epochs):
         train_epoch(model, optimizer, sampler, epoch, device)
         if args.checkpoints:
-            save_checkpoint(args.checkpoints, epoch + 1, model, optimizer)
+            save(args.checkpoints / f"epoch-{epoch:04d}", model, optimizer)
 
     # All of it, on the first process: outside of forward, the parameters are DTensors of which each process has a part.
     whole = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))

@@ -89,14 +89,12 @@ def test_sharded_equals_one_process(group, distance):
 
 
 @on(4)
-@pytest.mark.parametrize(
-    "kind", ["views", "neighbors of one view", "threshold", "divisor", "regularizer", "evaluation"]
-)
+@pytest.mark.parametrize("kind", ["views", "one view", "threshold", "divisor", "regularizer", "evaluation"])
 def test_settings_of_the_ordinary_loss(group, kind):
     """Views of a sample lie on the same rank; the reducer and the regularizer see the samples of all ranks."""
     settings = {
         "views": {"views": 2, "collect_stats": True},
-        "neighbors of one view": {"neighbor_weight": 0.5, "distance": "L2", "classes_per_chunk": 1},
+        "one view": {"neighbor_weight": 0.5, "distance": "L2", "classes_per_chunk": 1},
         "threshold": {"reducer": reducers.ThresholdReducer(low=1)},
         "divisor": {"reducer": reducers.DivisorReducer()},
         "regularizer": {"embedding_regularizer": regularizers.LpRegularizer(), "embedding_reg_weight": 0.3},

@@ -195,7 +195,8 @@ def test_goes_on_from_the_rows_that_are_there(main, bench, tmp_path):
     assert len(main.runs) == len(lines) - 1
     path.write_text("".join(lines[:3] + lines[4:]))
     few = json.loads(bench.losses.FILE.read_text())
-    bench.losses.FILE.write_text(json.dumps({name: [of[0], *of[:0:-1]] for name, of in few.items()}))  # other places
+    other_order = {name: [dict(reversed(of_one.items())) for of_one in (of[0], *of[:0:-1])] for name, of in few.items()}
+    bench.losses.FILE.write_text(json.dumps(other_order))
     main(*arguments)
     assert len(main.runs) == 1
     assert path.read_text().splitlines(keepends=True) == [*lines[:3], *lines[4:], lines[3]]

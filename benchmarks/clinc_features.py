@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .clinc import FILE
+from .retrieval.tasks import CLINC as FILE
 
 MODEL = "sentence-transformers/all-MiniLM-L6-v2"
 SPLITS = "train", "val", "test"

@@ -1,1 +1,1 @@
-"""What single parts of the package do to retrieval, on sentence features of CLINC150."""
+"""What the k-means start, the miner and the regularizer do to retrieval of CLINC150, trained with its ten domains."""

@@ -1,17 +1,18 @@
 """The agreement of two seeds as a guide: beside MAP@R, over pairs of seeds, and by number of held-out samples.
 
-Trains with coarse labels, and compares trainings that differ in their seed alone on held-out samples, as a user without
-fine labels can. Ours over a grid of K and temperature, two seeds each; losses whose proxies are not balanced, of which
-most end with one proxy that takes nearly all samples; and three settings on --seeds seeds, from which pairs are formed
-that share no seed. MAP@R of the held-out samples stands beside it.
+Trains with coarse labels, and compares trainings that differ only in their seed on held-out samples, as a user without
+fine labels can. It compares two seeds for each setting of a grid: ours over K and temperature, and losses that do not
+balance their proxies, most of which end with one proxy that takes nearly all samples. For three settings, it trains
+--seeds seeds and forms pairs that share no seed. MAP@R of the held-out samples stands beside the agreement.
 
-Writes one row per training to results/trainings.csv, and goes on from what that holds; then, from these rows alone, the
-tables guide.md (what each of two measures chooses), pairs.md and samples.md.
+Writes one row to results/trainings.csv when a training ends, and goes on from what that holds; then, from these rows
+alone, the tables guide.md (what each of two measures chooses), pairs.md and samples.md.
 """
 
 import argparse
 import platform
 from datetime import date
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,14 +24,15 @@ from tqdm import tqdm
 from pml_multiproxy.agreement import assignment_agreement
 
 from .. import csv_rows
-from ..retrieval.losses import DEFAULT_LR, FAMILIES, OURS
+from ..retrieval.losses import DEFAULT_LR, FAMILIES, NO_NEIGHBORS, OURS
+from ..retrieval.tables import table
 from ..retrieval.tasks import TASKS, Data, joined
 from ..retrieval.training import assigned, evaluate, train
 
 RESULTS = Path(__file__).parent / "results"
 COARSE = [task for task in TASKS if "coarse" in task]
 SETTINGS = {"scale": 10.0, "pooling": "logsumexp", "intra_weight": 0.5, "inter_weight": 0.0, "balance_weight": 0.5}
-"""Of ours, beside what is tried."""
+"""Of ours, beside K and temperature. The neighbour term is off."""
 NO_BALANCE = "MultiProxyEntropy, no balance"
 GRID = [(OURS, count, temperature) for count in (2, 5, 10, 30) for temperature in (0.05, 0.1, 0.2)]
 UNBALANCED = [(loss, count, 0.1) for loss in (NO_BALANCE, "SoftTriple", "SubCenterArcFace") for count in (5, 30)]
@@ -48,11 +50,11 @@ class Key(NamedTuple):
 
 
 def settings_of(key):
-    if key.loss == NO_BALANCE:
-        ours = SETTINGS | {"balance_weight": 0.0, "temperature": key.temperature}
-    else:
-        ours = SETTINGS | {"temperature": key.temperature} if key.loss == OURS else {}
-    return ours | {FAMILIES[key.loss].several: key.proxies_per_class, "proxies_lr": DEFAULT_LR}
+    settings = {FAMILIES[key.loss].several: key.proxies_per_class, "proxies_lr": DEFAULT_LR}
+    if key.loss in (OURS, NO_BALANCE):
+        settings |= SETTINGS | {"temperature": key.temperature}
+        settings |= NO_NEIGHBORS if key.task.endswith("views") else {}
+    return settings | ({"balance_weight": 0.0} if key.loss == NO_BALANCE else {})
 
 
 def run(key, folder):
@@ -67,34 +69,21 @@ def run(key, folder):
     }
 
 
-class Trainings:
-    """The rows of trainings.csv."""
-
-    def __init__(self, out):
-        self.path = out / "trainings.csv"
-        self.rows = {key_of(row): row for row in csv_rows.read(self.path)}
-
-    def add(self, key, folder):
-        machine = f"{platform.machine()}, {torch.get_num_threads()} threads"
-        row = key._asdict() | run(key, folder)
-        row |= {"date": date.today().isoformat(), "torch": torch.__version__, "machine": machine}
-        csv_rows.append(self.path, row)
-        self.rows[key] = row
-
-    def pairs(self, task, setting):
-        """Of one setting, pairs of rows that share no seed."""
-        rows = [row for key, row in sorted(self.rows.items()) if (key.task, key[1:4]) == (task, setting)]
-        return list(zip(rows[::2], rows[1::2], strict=False))
-
-    def grid(self, task, settings):
-        """The first pair of each setting; nothing, if any is missing."""
-        found = {setting: self.pairs(task, setting) for setting in settings}
-        return {setting: of_setting[0] for setting, of_setting in found.items()} if all(found.values()) else {}
-
-
 def key_of(row):
     count, temperature, seed = int(row["proxies_per_class"]), float(row["temperature"]), int(row["seed"])
     return Key(row["task"], row["loss"], count, temperature, seed)
+
+
+def pairs_of(rows, task, setting):
+    """Of one setting, pairs of rows that share no seed. ``rows`` by key."""
+    found = [row for key, row in sorted(rows.items()) if (key.task, key[1:4]) == (task, setting)]
+    return list(zip(found[::2], found[1::2], strict=False))
+
+
+def grid(rows, task, settings):
+    """The first pair of each setting; nothing, if any is missing."""
+    found = {setting: pairs_of(rows, task, setting) for setting in settings}
+    return {setting: of_setting[0] for setting, of_setting in found.items()} if all(found.values()) else {}
 
 
 def compare(pair, samples=None, generator=None):
@@ -121,18 +110,13 @@ def largest_share(pair):
     return np.mean([max(word.count(letter) for letter in set(word)) / len(word) for word in words])
 
 
-def table(columns, rows):
-    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-    return "\n".join(lines + ["| " + " | ".join(map(str, row)) + " |" for row in rows]) + "\n"
-
-
-def guide(trainings):
+def guide(trained):
     """Each measure as a guide: what it chooses among our settings, and what among all."""
     rows = []
     for task in COARSE:
         for what, settings in (("ours", GRID), ("and unbalanced", GRID + UNBALANCED)):
-            pairs = trainings.grid(task, settings)
-            rows += [[task, what, *chosen_by(measure, pairs)] for measure in MEASURES if pairs]
+            found = grid(trained, task, settings)
+            rows += [[task, what, *chosen_by(measure, found)] for measure in MEASURES if found]
     columns = ["task", "losses", "measure", "Spearman with MAP@R", "chosen", "its most used proxy takes"]
     return table([*columns, "its MAP@R", "best MAP@R"], rows)
 
@@ -156,36 +140,33 @@ def chosen_by(measure, pairs):
     ]
 
 
-def pairs(trainings):
+def pairs(trained):
     """The spread over pairs of seeds."""
     rows = []
-    for task in COARSE:
-        for setting in OFTEN:
-            found = trainings.pairs(task, setting)
-            if len(found) > 1:
-                values = [compare(pair).mean for pair in found]
-                spread = f"{np.mean(values):.2f} ± {np.std(values, ddof=1):.2f}"
-                scores = [map_at_r(pair) for pair in found]
-                extremes = f"{min(values):.2f} to {max(values):.2f}"
-                rows.append([task, setting[1], len(found), spread, extremes, f"{np.mean(scores):.1f}"])
+    for task, setting in product(COARSE, OFTEN):
+        found = pairs_of(trained, task, setting)
+        if len(found) > 1:
+            values, score = [compare(pair).mean for pair in found], np.mean([map_at_r(pair) for pair in found])
+            spread = f"{np.mean(values):.2f} ± {np.std(values, ddof=1):.2f}"
+            extremes = f"{min(values):.2f} to {max(values):.2f}"
+            rows.append([task, f"{setting[1]}", f"{len(found)}", spread, extremes, f"{score:.1f}"])
     return table(["task", "K", "pairs of seeds", "agreement", "range", "MAP@R"], rows)
 
 
-def samples(trainings):
+def samples(trained):
     """By number of held-out samples per class: the agreement with the spread over subsets, and what it chooses."""
     rows, generator = [], np.random.default_rng(0)
     for task in COARSE:
         for setting in OFTEN:
-            found = trainings.pairs(task, setting)
+            found = pairs_of(trained, task, setting)
             if len(found) > 1:
                 cells = [subset_cell(found, count, generator) for count in SAMPLES]
-                rows.append(
-                    [task, f"agreement, K={setting[1]}", *cells, f"{np.mean([compare(p).mean for p in found]):.2f}"]
-                )
-        pairs = list(trainings.grid(task, GRID).values())
-        if pairs:
-            cells = [chosen_cell(pairs, count, generator) for count in SAMPLES]
-            rows.append([task, "MAP@R of the choice", *cells, chosen_cell(pairs, None, generator)])
+                mean = np.mean([compare(pair).mean for pair in found])
+                rows.append([task, f"agreement, K={setting[1]}", *cells, f"{mean:.2f}"])
+        found = list(grid(trained, task, GRID).values())
+        if found:
+            cells = [chosen_cell(found, count, generator) for count in (*SAMPLES, None)]
+            rows.append([task, "MAP@R of the choice", *cells])
     return table(["task", "samples per class", *map(str, SAMPLES), "all"], rows)
 
 
@@ -196,11 +177,10 @@ def subset_cell(pairs, count, generator):
 
 def chosen_cell(pairs, count, generator):
     """Mean MAP@R of what is chosen from the grid, over subsets that differ from setting to setting."""
-    scores = [map_at_r(pair) for pair in pairs]
-    draws = SUBSETS if count else 1
-    return (
-        f"{np.mean([scores[np.argmax([compare(p, count, generator).mean for p in pairs])] for _ in range(draws)]):.1f}"
-    )
+    chosen = [
+        np.argmax([compare(pair, count, generator).mean for pair in pairs]) for _ in range(SUBSETS if count else 1)
+    ]
+    return f"{np.mean([map_at_r(pairs[i]) for i in chosen]):.1f}"
 
 
 def main(argv=None):
@@ -213,13 +193,16 @@ def main(argv=None):
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     args.out.mkdir(parents=True, exist_ok=True)
-    trainings = Trainings(args.out)
+    path = args.out / "trainings.csv"
+    rows = {key_of(row): row for row in csv_rows.read(path)}
     todo = [Key(task, *setting, seed) for task in args.task for setting in GRID + UNBALANCED for seed in range(2)]
     todo += [Key(task, *setting, seed) for task in args.task for setting in OFTEN for seed in range(args.seeds)]
-    for key in tqdm([key for key in dict.fromkeys(todo) if key not in trainings.rows]):
-        trainings.add(key, args.data)
+    for key in tqdm([key for key in dict.fromkeys(todo) if key not in rows]):
+        row = key._asdict() | run(key, args.data) | {"date": date.today().isoformat(), "torch": torch.__version__}
+        rows[key] = row | {"machine": f"{platform.machine()}, {torch.get_num_threads()} threads"}
+        csv_rows.append(path, rows[key])
     for make in (guide, pairs, samples):
-        made = make(trainings)
+        made = f"{make(rows)}\n"
         (args.out / f"{make.__name__}.md").write_text(made)
         print(made)
 

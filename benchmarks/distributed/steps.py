@@ -1,12 +1,12 @@
-"""What a step of the sharded loss sends, takes and holds, on processes of one machine.
+"""What a step of the sharded loss sends, how long it takes and what memory it needs, on processes of one machine.
 
 For 1, 2 and 4 processes (gloo), each with one thread: the bytes that a rank hands to each kind of collective in a step,
-which must be what the formula says, see :func:`formula`; the median time of a step, forward and backward; and the peak
-memory of a rank beyond its proxies, their gradient and the samples that it brings. The batch of all ranks together and
-the proxies are the same for any number of processes. Processes of one machine share its cores and its memory, so times
-say what the exchange costs, not how it scales over machines.
+which must be those of :func:`formula`; the median time of a step, forward and backward; and the peak memory of a rank
+beyond its proxies, their gradient and its samples. The batch of all ranks together and the proxies are the same for any
+number of processes. Processes of one machine share its cores and its memory, so the times show what the exchange costs,
+not how it scales over machines.
 
-Writes results/distributed.csv and makes results/distributed.md of it. --report measures nothing. Needs Linux.
+Writes results/distributed.csv and makes results/distributed.md of it. Needs Linux.
 """
 
 import argparse
@@ -17,40 +17,29 @@ import statistics
 import tempfile
 import time
 from collections import Counter, namedtuple
-from contextlib import contextmanager
+from itertools import groupby, product
 from multiprocessing import get_context
 from pathlib import Path
 
 import pytorch_metric_learning as pml
 import torch
 from torch import distributed
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from pml_multiproxy._sharding import ranks
 from pml_multiproxy.distributed import ShardedMultiProxyEntropyLoss
 
-from .. import csv_rows
 from ..speed.steps import CPU, resident
 
 RESULTS = Path(__file__).parent / "results"
-
 Shape = namedtuple("Shape", "B C K D")
 SHAPES = {"sop5": Shape(256, 11318, 5, 512), "many proxies": Shape(256, 100_000, 10, 128)}
 PROCESSES = (1, 2, 4)
 KINDS = {
-    "all_gather": "gathered",
-    "all_reduce": "reduced",
-    "reduce_scatter": "scattered",
+    "_allgather_base_": "bytes gathered",
+    "allreduce_": "bytes reduced",
+    "_reduce_scatter_base_": "bytes scattered",
 }
-COLUMNS = (
-    "bytes gathered",
-    "bytes reduced",
-    "bytes scattered",
-    "bytes by formula",
-    "step ms",
-    "MB proxies",
-    "MB extra",
-)
-MACHINE = f"{CPU}, {os.cpu_count()} cores"
+COLUMNS = (*KINDS.values(), "bytes by formula", "step ms", "MB proxies", "MB extra")
 
 
 def formula(shape, processes):
@@ -64,41 +53,33 @@ def formula(shape, processes):
     return gathered + 4 * 6 * shape.B + 4 * shape.B * shape.D
 
 
-@contextmanager
-def counted(sent):
-    """Counts the bytes that are handed to collectives."""
-    places = [(ranks, "_all_gather", 1), (ranks, "_reduce_scatter", 1), (distributed, "all_reduce", 0)]
-    originals = [getattr(module, name) for module, name, _ in places]
+class Counted(TorchDispatchMode):
+    """Counts the bytes that are handed to collectives, by kind."""
 
-    def wrap(original, kind, position):
-        def call(*arguments, **keywords):
-            sent[kind] += arguments[position].nbytes
-            return original(*arguments, **keywords)
+    def __init__(self):
+        super().__init__()
+        self.sent = Counter()
 
-        return call
-
-    try:
-        for (module, name, position), original in zip(places, originals, strict=True):
-            setattr(module, name, wrap(original, name.strip("_"), position))
-        yield
-    finally:
-        for (module, name, _), original in zip(places, originals, strict=True):
-            setattr(module, name, original)
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "c10d":
+            name = func.overloadpacket.__name__
+            given = args[0] if name == "allreduce_" else [args[1]]  # the others take the output first
+            self.sent[KINDS[name]] += sum(tensor.nbytes for tensor in given)
+        return func(*args, **(kwargs or {}))
 
 
 def measure_on_rank(rank, processes, shape, repeats, folder):
     torch.set_num_threads(1)
     store = distributed.FileStore(os.path.join(folder, "store"), processes)
     distributed.init_process_group("gloo", store=store, rank=rank, world_size=processes)
-    make_step(Shape(8 * processes, 4 * processes, 2, 8), processes)()  # what libraries allocate once is not the step's
+    make_step(Shape(8 * processes, 4 * processes, 2, 8), processes)()  # libraries allocate some memory once
     step = make_step(shape, processes)
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again from what is resident now
     before = resident("VmRSS")
     step()
     proxies = step.loss_func.proxies.to_local().nbytes
     extra = resident("VmHWM") - before - proxies  # a gradient of each
-    sent = Counter()
-    with counted(sent):
+    with Counted() as counted:
         step()
     seconds = []
     for _ in range(repeats):
@@ -106,9 +87,8 @@ def measure_on_rank(rank, processes, shape, repeats, folder):
         start = time.perf_counter()
         step()
         seconds.append(time.perf_counter() - start)
-    row = {f"bytes {word}": sent[kind] for kind, word in KINDS.items()}
-    row |= {"step ms": 1e3 * statistics.median(seconds), "MB proxies": proxies / 1e6, "MB extra": extra / 1e6}
-    Path(folder, f"{rank}.json").write_text(json.dumps(row))
+    row = {"step ms": 1e3 * statistics.median(seconds), "MB proxies": proxies / 1e6, "MB extra": extra / 1e6}
+    Path(folder, f"{rank}.json").write_text(json.dumps(counted.sent | row))
     distributed.barrier()
     os._exit(0)  # gloo's threads may abort a process in which Python ends: pytorch/pytorch#190489
 
@@ -128,13 +108,11 @@ def make_step(shape, processes):
 
 
 def measure(name, shape, processes, repeats):
-    """The row of the rank that takes the most, of each column."""
+    """Each column for the rank that has the highest value."""
     with tempfile.TemporaryDirectory() as folder:
         context = get_context("spawn")
-        ranks = [
-            context.Process(target=measure_on_rank, args=(rank, processes, shape, repeats, folder))
-            for rank in range(processes)
-        ]
+        arguments = processes, shape, repeats, folder
+        ranks = [context.Process(target=measure_on_rank, args=(rank, *arguments)) for rank in range(processes)]
         for rank in ranks:
             rank.start()
         for rank in ranks:
@@ -147,56 +125,35 @@ def measure(name, shape, processes, repeats):
     return (
         {"shape": name, **shape._asdict(), "processes": processes}
         | {column: float(f"{worst[column]:.4g}") if "bytes" not in column else worst[column] for column in COLUMNS}
-        | {"repeats": repeats, "machine": MACHINE, "date": time.strftime("%Y-%m-%d")}
+        | {"repeats": repeats, "machine": f"{CPU}, {os.cpu_count()} cores", "date": time.strftime("%Y-%m-%d")}
         | {"torch": torch.__version__, "PML": pml.__version__}
     )
 
 
-def read():
-    return csv_rows.read(RESULTS / "distributed.csv")
-
-
-def store(rows):
-    with (RESULTS / "distributed.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def report():
-    rows, tables = read(), []
-    for name in dict.fromkeys(row["shape"] for row in rows):
-        shown = [row for row in rows if row["shape"] == name]
-        title = (
-            "**{shape}**: B={B} on all ranks together, C={C}, K={K}, D={D}, float32. {machine}, 1 thread per process, "
-            "gloo; torch {torch}, PML {PML}; medians of {repeats}; {date}."
-        )
-        lines = [
-            title.format(**shown[0]),
-            "",
-            f"| processes | {' | '.join(COLUMNS)} |",
-            "|---|" + "---:|" * len(COLUMNS),
-        ]
-        for row in shown:
-            cells = [f"{float(row[c]):,.{0 if 'bytes' in c else 1}f}" for c in COLUMNS]
-            lines.append(f"| {row['processes']} | {' | '.join(cells)} |")
-        tables.append("\n".join(lines) + "\n")
-    (RESULTS / "distributed.md").write_text("\n".join(tables))
-    print("\n".join(tables))
+def make_table(rows):
+    title = (
+        "**{shape}**: B={B} on all ranks together, C={C}, K={K}, D={D}, float32. {machine}, 1 thread per process, "
+        "gloo; torch {torch}, PML {PML}; medians of {repeats}; {date}."
+    )
+    lines = [title.format(**rows[0]), "", f"| processes | {' | '.join(COLUMNS)} |", "|---|" + "---:|" * len(COLUMNS)]
+    for row in rows:
+        cells = [f"{float(row[c]):,.{0 if 'bytes' in c else 1}f}" for c in COLUMNS]
+        lines.append(f"| {row['processes']} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", nargs="+", choices=SHAPES, metavar="NAME", help=f"default: {', '.join(SHAPES)}")
     parser.add_argument("--repeats", type=int, default=15, metavar="N", help="default: %(default)s")
-    parser.add_argument("--report", action="store_true", help="only make the table of what the CSV holds")
-    args = parser.parse_args(argv)
-    if not args.report:
-        chosen = args.shape or list(SHAPES)
-        new = [measure(name, SHAPES[name], count, args.repeats) for name in chosen for count in PROCESSES]
-        kept = [row for row in read() if row["shape"] not in chosen]
-        store(sorted([*kept, *new], key=lambda row: list(SHAPES).index(row["shape"])))
-    report()
+    repeats = parser.parse_args(argv).repeats
+    rows = [measure(*shape, processes, repeats) for shape, processes in product(SHAPES.items(), PROCESSES)]
+    with (RESULTS / "distributed.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    text = "\n".join(make_table(list(of_shape)) for _, of_shape in groupby(rows, lambda row: row["shape"]))
+    (RESULTS / "distributed.md").write_text(text)
+    print(text)
 
 
 if __name__ == "__main__":

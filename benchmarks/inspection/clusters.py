@@ -1,15 +1,15 @@
 """How well the proxies of each class match fine labels that training never saw: ACC, NMI and ARI beside MAP@R.
 
-The tasks of benchmarks/retrieval whose training labels are coarse, on their test part. Ours and PML's losses with
-several proxies per class, each at its defaults, of which --seeds trainings. The table has the mean ± standard deviation
-over the seeds, in %.
-
-Writes one row per training to results/clusters.csv, goes on from what that holds, and makes results/clusters.md of it.
+On the test part of the tasks of benchmarks/retrieval whose training labels are coarse: ours and PML's losses with
+several proxies per class, each at its defaults. The table has the mean ± standard deviation over --seeds trainings, in
+%. Writes one row to results/clusters.csv when a training ends, goes on from what that holds, and makes
+results/clusters.md of it.
 """
 
 import argparse
 import platform
 from datetime import date
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -20,58 +20,53 @@ from pml_multiproxy import MultiProxyEntropyLoss
 from pml_multiproxy.inspection import Scores, cluster_scores
 
 from .. import csv_rows
-from ..retrieval.losses import FAMILIES, OURS, load
+from ..retrieval.losses import FAMILIES, NO_NEIGHBOR_TERM, OURS, configurations, to_text
+from ..retrieval.selection import applies
+from ..retrieval.tables import table
 from ..retrieval.tasks import TASKS
 from ..retrieval.training import embed, evaluate, proxies_of, train
 
 RESULTS = Path(__file__).parent / "results"
 COARSE = [task for task in TASKS if "coarse" in task]
-LOSSES = [OURS, "SoftTriple", "SubCenterArcFace"]
+LOSSES = [OURS, NO_NEIGHBOR_TERM, "SoftTriple", "SubCenterArcFace"]
 COLUMNS = {"accuracy": "ACC", "nmi": "NMI", "ari": "ARI", "map_at_r": "MAP@R"}
-
-
-def defaults(loss):
-    return load()[loss][0]
 
 
 def run(name, loss, seed, folder):
     task = TASKS[name](folder)
     data, unseen = task.phase("test")
     torch.manual_seed(seed)
-    network, loss_func = train(task, data, FAMILIES[loss], defaults(loss), seed)
+    network, loss_func = train(task, data, FAMILIES[loss], configurations(loss, name)[0], seed)
     scores = of_proxies(proxies_of(loss_func), embed(network, unseen.x), unseen)
+    fine_per_class = len(unseen.fine.unique()) / len(unseen.coarse.unique())
     percent = {name: f"{100 * value:.2f}" for name, value in scores._asdict().items()}
-    return percent | {"map_at_r": evaluate(network, unseen)["map_at_r"]}
+    return {"fine_per_class": f"{fine_per_class:.2f}"} | percent | {"map_at_r": evaluate(network, unseen)["map_at_r"]}
 
 
 def of_proxies(proxies, embeddings, data) -> Scores:
-    """Of the proxies of any loss that compares by cosine: ours takes them over."""
+    """The scores of the proxies of any loss that compares by cosine; ours is made to hold them."""
     loss_func = MultiProxyEntropyLoss(len(proxies), proxies.shape[2], proxies.shape[1])
     loss_func.proxies.data = proxies.detach().cpu().contiguous()
     labels = torch.unique(data.coarse, return_inverse=True)[1]
     return cluster_scores(loss_func, embeddings, labels, data.fine).mean
 
 
-def clusters_per_class(data):
-    """How many fine labels a coarse label has, on average."""
-    return len(data.fine.unique()) / len(data.coarse.unique())
+def settings_of(loss, task):
+    return to_text(configurations(loss, task)[0])
 
 
 def make_table(rows):
-    names = ["task", "fine labels per class", "loss", "proxies per class", *COLUMNS.values()]
-    lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
-    for task in COARSE:
-        for loss in LOSSES:
-            own = [row for row in rows if (row["task"], row["loss"]) == (task, loss)]
-            if own:
-                values = np.array([[float(row[column]) for column in COLUMNS] for row in own])
-                spread = values.std(axis=0, ddof=1) if len(own) > 1 else None
-                cells = [f"{value:.1f}" for value in values.mean(axis=0)]
-                if spread is not None:
-                    cells = [f"{cell} ± {width:.1f}" for cell, width in zip(cells, spread, strict=True)]
-                shape = f"{float(own[0]['fine_per_class']):.0f} | {loss} | {own[0]['proxies_per_class']}"
-                lines.append(f"| {task} | {shape} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+    lines = []
+    for task, loss in product(COARSE, LOSSES):
+        key = task, loss, settings_of(loss, task)
+        own = [row for row in rows if (row["task"], row["loss"], row["settings"]) == key]
+        if own:
+            values = np.array([[float(row[column]) for column in COLUMNS] for row in own])
+            spread = values.std(axis=0, ddof=1) if len(own) > 1 else np.zeros(len(COLUMNS))
+            cells = [f"{m:.1f} ± {s:.1f}" for m, s in zip(values.mean(axis=0), spread, strict=True)]
+            count = configurations(loss, task)[0][FAMILIES[loss].several]
+            lines.append([task, f"{float(own[0]['fine_per_class']):.0f}", loss, f"{count}", *cells])
+    return table(["task", "fine labels per class", "loss", "proxies per class", *COLUMNS.values()], lines) + "\n"
 
 
 def main(argv=None):
@@ -83,24 +78,16 @@ def main(argv=None):
     args = parser.parse_args(argv)
 
     path = args.out / "clusters.csv"
-    done = {(row["task"], row["loss"], int(row["seed"])) for row in csv_rows.read(path)}
-    wanted = [(task, loss, seed) for task in args.task for loss in LOSSES for seed in range(args.seeds)]
-    for task, loss, seed in tqdm([key for key in wanted if key not in done], unit="training"):
-        row = {
-            "task": task,
-            "loss": loss,
-            "seed": seed,
-            "proxies_per_class": defaults(loss)[FAMILIES[loss].several],
-            "fine_per_class": f"{clusters_per_class(TASKS[task](args.data).test):.2f}",
-            **run(task, loss, seed, args.data),
-            "date": date.today().isoformat(),
-            "torch": torch.__version__,
-            "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
-        }
-        csv_rows.append(path, row)
-    table = make_table(csv_rows.read(path))
-    (args.out / "clusters.md").write_text(table)
-    print(table)
+    done = {(row["task"], row["loss"], row["settings"], row["seed"]) for row in csv_rows.read(path)}
+    for task, loss, seed in tqdm([*product(args.task, LOSSES, range(args.seeds))], unit="training"):
+        key = task, loss, settings_of(loss, task), f"{seed}"
+        if applies(loss, task) and key not in done:
+            row = dict(zip(("task", "loss", "settings", "seed"), key, strict=True)) | run(task, loss, seed, args.data)
+            row |= {"date": date.today().isoformat(), "torch": torch.__version__}
+            csv_rows.append(path, row | {"machine": f"{platform.machine()}, {torch.get_num_threads()} threads"})
+    made = make_table(csv_rows.read(path))
+    (args.out / "clusters.md").write_text(made)
+    print(made)
 
 
 if __name__ == "__main__":

@@ -83,6 +83,49 @@ class Spread(nn.Module):
         return (1 - self.weight) * self.supervised(embeddings, labels) + self.weight * conditional
 
 
+class MaskCon(nn.Module):
+    """NormalizedSoftmax, plus a contrast between all samples of the batch, whose targets depend on their similarity.
+
+    Feng & Patras, *MaskCon: Masked Contrastive Learning for Coarse-Labelled Dataset*, CVPR 2023. They take the samples
+    to compare with from a queue, embedded by a running mean of the network; here they are those of the batch.
+    """
+
+    def __init__(
+        self,
+        num_classes,
+        size,
+        views,
+        temperature=0.05,
+        contrast_temperature=0.1,
+        contrast_weight=1.0,
+        target_temperature=0.05,
+        target_weight=0.5,
+    ):
+        super().__init__()
+        self.views, self.weight, self.temperature = views, contrast_weight, contrast_temperature
+        self.target_temperature, self.target_weight = target_temperature, target_weight
+        self.softmax = losses.NormalizedSoftmaxLoss(num_classes, size, temperature=temperature)
+
+    def forward(self, embeddings, labels):
+        similarity, same = similarities(embeddings), equal(samples_of(labels, self.views))
+        other_views, among = others(same).to(embeddings.dtype), equal(labels) & ~same
+        soft = soft_targets(similarity.detach(), other_views, among, self.target_temperature)
+        target = torch.lerp(other_views / other_views.sum(dim=1, keepdim=True), soft, self.target_weight)
+        logits = similarity / self.temperature
+        log_shares = logits.fill_diagonal_(torch.finfo(logits.dtype).min).log_softmax(dim=1)
+        contrast = -(target * log_shares).sum(dim=1).mean()
+        return self.softmax(embeddings, labels) + self.weight * contrast
+
+
+def soft_targets(similarity, other_views, among, temperature):
+    """1 for other views of a sample; relative to the nearest, for the pairs of ``among``; then divided by the sum."""
+    lowest = torch.finfo(similarity.dtype).min
+    logits = (similarity / temperature).masked_fill(~among, lowest)
+    shares = (logits - logits.amax(dim=1, keepdim=True)).exp() * among
+    targets = other_views + shares
+    return targets / targets.sum(dim=1, keepdim=True)
+
+
 def samples_of(labels, views):
     """The number of the sample that each row is a view of."""
     return torch.arange(len(labels) // views, device=labels.device).repeat(views)

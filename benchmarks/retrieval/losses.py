@@ -1,15 +1,14 @@
 """The losses that are compared, and the twelve configurations of each.
 
 ``python -m benchmarks.retrieval.losses`` draws them into configurations.json: first the documented defaults, then
-eleven draws, once, from the loss's own hyperparameters and the learning rate of its proxies: of each hyperparameter,
-each value about as often, in a random order. The losses with several proxies per class share one such order of how
-many.
+eleven draws from the hyperparameters of the loss and the learning rate of its proxies. Each value of a hyperparameter
+is drawn about as often as the others, in a random order. The losses of PML with several proxies per class share one
+such order of their numbers.
 """
 
 import json
 import random
 from ast import literal_eval
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,13 +17,12 @@ from pytorch_metric_learning import losses
 from sklearn.cluster import KMeans
 
 from pml_multiproxy import MultiProxyEntropyLoss
-from pml_multiproxy.miners import MultiProxyMiner
 
-from .contrast import EasyPositives, SoftmaxAndInstances, Spread
+from .contrast import EasyPositives, MaskCon, SoftmaxAndInstances, Spread
 
 FILE = Path(__file__).parent / "configurations.json"
 DRAWS = 11
-PROXIES_PER_CLASS = [5, 10, 20, 30, 1, 2, 15]  # the first of them twice
+PROXIES_PER_CLASS = [5, 10, 20, 30, 1, 2, 15]
 DEFAULT_LR = 1e-2
 PROXIES_LR = {"proxies_lr": [3e-3, 1e-2, 3e-2]}
 
@@ -33,7 +31,12 @@ CHOICES = {
     "temperature": [0.05, 0.1, 0.2],
     "pooling": ["max", "softmax", "logsumexp"],
     "intra_weight": [0.25, 0.5, 1.0],
-    "inter_weight": [0.0, 0.1, 0.3],
+}
+BALANCED = {
+    "balance_weight": [0.5, 1.0],
+    "proxies_per_class": [10, 30, 50, 100],
+    "neighbor_weight": [0.5, 1.0, 2.0],
+    "neighbor_temperature": [0.1, 0.2],
 }
 OUR_DEFAULTS = {
     "scale": 10.0,
@@ -42,41 +45,33 @@ OUR_DEFAULTS = {
     "intra_weight": 0.25,
     "inter_weight": 0.0,
     "balance_weight": 0.5,
-    "reseed_below": 0.0,
     "proxies_per_class": 30,
     "proxies_lr": DEFAULT_LR,
 }
-"""Written down, so that new defaults do not pass for what was measured."""
-DEFAULTS_BEFORE = OUR_DEFAULTS | {"pooling": "max"}
-"""Our defaults until there were views: one of the draws, which five tasks chose."""
+"""Written down, so that results keep their settings when a default of the loss changes."""
+NEIGHBORS = {"neighbor_weight": 1.0, "neighbor_temperature": 0.2}
+"""The other defaults of our loss where there are views; with one view, the term is off."""
+NO_NEIGHBORS = {"neighbor_weight": 0.0}
 PROXIES_PER_CLASS_BY_DEFAULT = OUR_DEFAULTS["proxies_per_class"]
 """Also for the losses that have no default of their own."""
-BALANCED = {"balance_weight": [0.5, 1.0], "reseed_below": [0.0, 0.1]}
-MULTI_SIMILARITY = {"alpha": [1, 2, 5, 10], "beta": [10, 30, 50, 70], "base": [0.3, 0.5, 0.7]}
 
 
 class Family(NamedTuple):
-    """``build(num_classes, embedding_size, views, **hyperparameters)``, of which ``choices`` are drawn."""
+    """A loss, made by ``build(num_classes, embedding_size, views, **hyperparameters)``."""
 
     build: object
     choices: dict
+    """What to draw from; without choices, there is only the first configuration."""
     several: str | None = None
     """The name of the hyperparameter that says how many proxies a class has."""
-    defaults: dict | None = None
-    """Where they are not those of ``build``."""
-    needs_views: bool = False
+    defaults: dict = {}  # noqa: RUF012
+    """The first configuration, where it differs from the defaults of ``build``."""
+    only: str = ""
+    """Part of the names of the tasks that the loss is for."""
 
 
 def ours(num_classes, size, views, **settings):
     return MultiProxyEntropyLoss(num_classes, size, views=views, **settings)
-
-
-def with_pairs(num_classes, size, views, pair_weight, alpha, beta, base, **settings):
-    loss_func = ours(num_classes, size, views, **settings)
-    pairs = losses.MultiSimilarityLoss(alpha=alpha, beta=beta, base=base)
-    return losses.MultipleLosses(
-        [loss_func, pairs], miners=[None, MultiProxyMiner(loss_func)], weights=[1, pair_weight]
-    )
 
 
 def pml(name):
@@ -89,10 +84,28 @@ def of_pairs(build):
     return lambda num_classes, size, views, **settings: build(**settings)
 
 
+OURS = "MultiProxyEntropy"
+ONE_PROXY = "MultiProxyEntropy, K=1"
+NO_NEIGHBOR_TERM = "MultiProxyEntropy, no neighbours"
 K_MEANS = "k-means, NormalizedSoftmax"
+UNTRAINED = "no training"
+REFERENCES = UNTRAINED, K_MEANS
+"""Rows to hold the losses against. The other losses that are not ours are the peers."""
 FAMILIES = {
-    "MultiProxyEntropy": Family(ours, CHOICES | BALANCED, "proxies_per_class"),
-    "MultiProxyEntropy, no balance": Family(ours, CHOICES, "proxies_per_class", {"balance_weight": 0.0}),
+    OURS: Family(ours, CHOICES | BALANCED, "proxies_per_class", OUR_DEFAULTS | NEIGHBORS),
+    ONE_PROXY: Family(
+        ours,
+        {},
+        defaults=OUR_DEFAULTS | NEIGHBORS | {"proxies_per_class": 1, "intra_weight": 0.0, "balance_weight": 0.0},
+        only="unseen",
+    ),
+    NO_NEIGHBOR_TERM: Family(ours, {}, "proxies_per_class", OUR_DEFAULTS | NO_NEIGHBORS, only="views"),
+    "MultiProxyEntropy, no balance": Family(
+        ours,
+        CHOICES | {"inter_weight": [0.0, 0.1, 0.3]},
+        "proxies_per_class",
+        OUR_DEFAULTS | NO_NEIGHBORS | {"balance_weight": 0.0},
+    ),
     "SoftTriple": Family(
         pml("SoftTripleLoss"),
         {"la": [5, 10, 20, 40], "gamma": [0.05, 0.1, 0.2], "margin": [0.0, 0.01, 0.05]},
@@ -108,7 +121,10 @@ FAMILIES = {
     "ProxyAnchor": Family(pml("ProxyAnchorLoss"), {"margin": [0.0, 0.1, 0.2, 0.4], "alpha": [8, 16, 32, 64]}),
     "NormalizedSoftmax": Family(pml("NormalizedSoftmaxLoss"), {"temperature": [0.02, 0.05, 0.1, 0.2, 0.5]}),
     "CosFace": Family(pml("CosFaceLoss"), {"margin": [0.0, 0.1, 0.2, 0.35], "scale": [10, 16, 30, 64]}),
-    "MultiSimilarity": Family(of_pairs(losses.MultiSimilarityLoss), MULTI_SIMILARITY),
+    "MultiSimilarity": Family(
+        of_pairs(losses.MultiSimilarityLoss),
+        {"alpha": [1, 2, 5, 10], "beta": [10, 30, 50, 70], "base": [0.3, 0.5, 0.7]},
+    ),
     "easy positives": Family(
         of_pairs(EasyPositives), {"temperature": [0.02, 0.03, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0]}
     ),
@@ -119,18 +135,23 @@ FAMILIES = {
             "contrast_temperature": [0.05, 0.1, 0.2, 0.5],
             "contrast_weight": [0.3, 1.0, 3.0],
         },
-        needs_views=True,
+        only="views",
     ),
     "supervised + class-conditional contrast": Family(
         lambda num_classes, size, views, **settings: Spread(views, **settings),
         {"temperature": [0.05, 0.1, 0.2, 0.5], "conditional_weight": [0.1, 0.25, 0.5, 0.75, 0.9]},
-        needs_views=True,
+        only="views",
     ),
-    "MultiProxyEntropy + MultiSimilarity, mined": Family(
-        with_pairs,
-        CHOICES | BALANCED | MULTI_SIMILARITY | {"pair_weight": [0.03, 0.1, 0.3, 1.0]},
-        "proxies_per_class",
-        {"pair_weight": 0.1, "alpha": 2, "beta": 50, "base": 0.5},
+    "MaskCon": Family(
+        MaskCon,
+        {
+            "temperature": [0.05, 0.1, 0.2],
+            "contrast_temperature": [0.05, 0.1, 0.2, 0.5],
+            "contrast_weight": [0.3, 1.0, 3.0],
+            "target_temperature": [0.02, 0.05, 0.1],
+            "target_weight": [0.2, 0.5, 1.0],
+        },
+        only="views",
     ),
     K_MEANS: Family(
         pml("NormalizedSoftmaxLoss"),
@@ -139,127 +160,50 @@ FAMILIES = {
         {"clusters": PROXIES_PER_CLASS_BY_DEFAULT},
     ),
 }
-OURS = "MultiProxyEntropy"
-SEVERAL_PROXIES = "SoftTriple", "SubCenterArcFace"
-UNTRAINED = "no training"
-REFERENCES = UNTRAINED, K_MEANS
-"""Rows to hold the losses against. The other losses that are not ours are the peers."""
 
 
 def draw(name, family):
-    several = {family.several: shuffled(PROXIES_PER_CLASS, "proxies per class")} if family.several else {}
-    drawn = several | {key: shuffled(values, f"{name} {key}") for key, values in (family.choices | PROXIES_LR).items()}
-    first = {"proxies_lr": DEFAULT_LR, **(family.defaults or {})}
-    if name.startswith("MultiProxyEntropy"):
-        first = OUR_DEFAULTS | first
+    first = {"proxies_lr": DEFAULT_LR} | family.defaults
+    if not family.choices:
+        return [first]
+    drawn = {family.several: shuffled(PROXIES_PER_CLASS, "proxies per class")} if family.several else {}
+    drawn |= {key: shuffled(values, f"{name} {key}") for key, values in (PROXIES_LR | family.choices).items()}
     return [first] + [first | {key: values[i] for key, values in drawn.items()} for i in range(DRAWS)]
 
 
-COUNTS = [1, 2, 5, 10, 15, 20, 30, 50]
-CHANGES = {
-    "proxies_per_class": [2, 5, 10, 20, 50],
-    "temperature": [0.05, 0.07, 0.15, 0.2],
-    "pooling": ["max"],
-    "balance_weight": [0.7],
-}
-"""Of our defaults, one at a time, and together with CHANGED_WEIGHT."""
-CHANGED_WEIGHT = "intra_weight=0.5"
-"""What makes the terms within classes the mutual information; the changes were first measured around it."""
-CHANGES_BEFORE = {
-    "proxies_per_class": COUNTS,
-    "scale": [5, 20, 30],
-    "temperature": [0.02, 0.05, 0.2],
-    "margin": [0.05, 0.1],
-    "intra_weight": [0.0, 0.5, 1.0],
-    "inter_weight": [0.1, 0.3, 1.0],
-    "balance_weight": [0.0, 0.25, 1.0],
-    "usage_momentum": [0.5, 0.95, 0.99],
-    "pooling": ["softmax", "logsumexp"],
-    "reseed_below": [0.1],
-    "proxies_lr": [0.003, 0.03],
-    "from_kmeans": [True],
-}
-"""Of the defaults that came before, one at a time."""
-NO_BALANCE = {
-    "proxies_per_class": [10, 20],
-    "pooling": ["softmax", "logsumexp"],
-    "intra_weight": [0.0, 1.0],
-    "proxies_lr": [0.01, 0.03],
-}
-CLASSES_ONLY = "balance_weight=0.0 intra_weight=0.0"
-"""What leaves no term within a class."""
-WITH_CLASSES_ONLY = {
-    "proxies_per_class": [10, 50],
-    "pooling": ["softmax", "logsumexp"],
-    "margin": [0.05, 0.1],
-    "proxies_lr": [0.003, 0.03],
-    "from_kmeans": [True],
-}
-TOGETHER = {
-    "proxies_per_class=1": {
-        "scale": [5, 20, 30],
-        "margin": [0.05, 0.1],
-        "inter_weight": [0.1, 0.3],
-        "proxies_lr": [0.003, 0.03],
-    },
-    "balance_weight=0.0 scale=5": NO_BALANCE,
-    "balance_weight=0.0 scale=20": NO_BALANCE,
-    f"{CLASSES_ONLY} scale=5": WITH_CLASSES_ONLY,
-    f"{CLASSES_ONLY} scale=20": WITH_CLASSES_ONLY,
-    "proxies_per_class=1 scale=20": {"margin": [0.05, 0.1], "proxies_lr": [0.003, 0.03]},
-    "temperature=0.05 intra_weight=0.5 inter_weight=0.1": {"proxies_per_class": [10, 20, 30]},
-}
-"""What to change together: for classes of one cluster; for classes that are not those of training; and as in the
-prototype."""
+def shuffled(values, seed):
+    return random.Random(seed).sample((values * DRAWS)[:DRAWS], DRAWS)
 
 
-def changes():
-    """Of our defaults: settings by label, first the defaults."""
-    labels = singles(CHANGES)
-    together = [f"{CHANGED_WEIGHT} {label}" for label in labels]
-    return labelled(load()["MultiProxyEntropy"][0], [*labels, CHANGED_WEIGHT, *together])
+def configurations(loss, task):
+    """First the defaults. Without views, settings of the neighbour term are left out, and the term is off."""
+    drawn = json.loads(FILE.read_text())[loss]
+    if task.endswith("views"):
+        return drawn
+    return [{key: value for key, value in c.items() if not key.startswith("neighbor")} for c in drawn]
 
 
-def changes_before():
-    """Of the defaults that came before, one at a time and together: settings by label, first those defaults."""
-    together = [f"{first} {label}" for first, more in TOGETHER.items() for label in singles(more)]
-    return labelled(DEFAULTS_BEFORE, singles(CHANGES_BEFORE) + together)
+COUNTS = {"digits-coarse-views": [10, 20, 30, 50, 75, 100], "omniglot-coarse-views": [30, 50, 75, 100]}
+CLUSTERS = [1, 2, 5, 10, 15, 20, 30, 50]
 
 
-def counts(loss):
-    """The documented defaults of a peer with other numbers of proxies per class: settings by label."""
-    return labelled(load()[loss][0], singles({FAMILIES[loss].several: COUNTS}))
+def proxy_counts(loss, task):
+    """The defaults with other numbers of proxies per class, by this number."""
+    first = configurations(loss, task)[0]
+    return {count: first | {"proxies_per_class": count} for count in COUNTS.get(task, ())}
 
 
-def our_sweep():
-    """Of our defaults, over the number of proxies and the temperature."""
-    keys = "proxies_per_class", "temperature"
-    return labelled(load()[OURS][0], singles({key: CHANGES[key] for key in keys}))
+def candidates(loss, task):
+    """What the agreement of two seeds chooses from.
+
+    All configurations; for k-means numbers of clusters, since nothing else changes the assignment of samples.
+    """
+    found = configurations(loss, task)
+    return [found[0] | {"clusters": count} for count in CLUSTERS] if loss == K_MEANS else found
 
 
-def soft_triple_changes():
-    return labelled(load()["SoftTriple"][0], singles({"centers_per_class": COUNTS, "gamma": [0.05, 0.2]}))
-
-
-def sub_center_changes():
-    return labelled(load()["SubCenterArcFace"][0], singles({"sub_centers": COUNTS, "scale": [10, 16, 30]}))
-
-
-COARSE_SWEEPS = {
-    OURS: our_sweep,
-    "SoftTriple": soft_triple_changes,
-    "SubCenterArcFace": sub_center_changes,
-    K_MEANS: partial(counts, K_MEANS),
-}
-"""Over the number of proxies and the temperature, for what assigns samples to parts of their class."""
-
-
-def singles(values_by_key):
-    return [f"{key}={value}" for key, values in values_by_key.items() for value in values]
-
-
-def labelled(center, labels):
-    return {"defaults": center} | {label: center | from_text(label) for label in labels}
+SWEPT = OURS, NO_NEIGHBOR_TERM
+COMPARED_BY_AGREEMENT = OURS, "SoftTriple", "SubCenterArcFace", K_MEANS
 
 
 def from_text(text):
@@ -270,14 +214,6 @@ def from_text(text):
 
 def to_text(settings):
     return " ".join(f"{key}={value}" for key, value in settings.items())
-
-
-def shuffled(values, seed):
-    return random.Random(seed).sample((values * DRAWS)[:DRAWS], DRAWS)
-
-
-def load():
-    return json.loads(FILE.read_text())
 
 
 def fit_clusters(x, labels, clusters, seed):
@@ -297,8 +233,8 @@ def cluster(x, labels, clusters, seed):
 def main():
     drawn = {name: draw(name, family) for name, family in FAMILIES.items()}
     lines = (
-        f"  {json.dumps(name)}: [\n" + ",\n".join(f"    {json.dumps(c)}" for c in configurations) + "\n  ]"
-        for name, configurations in drawn.items()
+        f"  {json.dumps(name)}: [\n" + ",\n".join(f"    {json.dumps(c)}" for c in of_loss) + "\n  ]"
+        for name, of_loss in drawn.items()
     )
     FILE.write_text("{\n" + ",\n".join(lines) + "\n}\n")
 

@@ -5,18 +5,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from .losses import (
-    CHANGES_BEFORE,
-    COUNTS,
-    DEFAULTS_BEFORE,
-    FAMILIES,
-    OURS,
-    SEVERAL_PROXIES,
-    UNTRAINED,
-    changes_before,
-    counts,
-)
-from .selection import interval, measured, scores_of, with_any_test
+from .losses import COUNTS, FAMILIES, SWEPT, UNTRAINED, proxy_counts
+from .selection import by_class, interval, measured, with_any_test
 
 COLUMNS = 4
 
@@ -43,59 +33,22 @@ def draw_bars(runs, which, title, path, seeds):
     figure.savefig(path, dpi=90)
 
 
-def swept_before(runs):
-    """The tasks on which all changes of the defaults before were measured."""
-    return [name for name in runs if scores_of(runs[name], OURS, changes_before()).keys() == changes_before().keys()]
-
-
-def curve(values, key, default=None):
-    """The values of one hyperparameter, in order, and the mean and the standard deviation of the score at each."""
-    points = {
-        label.split("=")[1]: scores
-        for label, scores in values.items()
-        if label.startswith(f"{key}=") and " " not in label
-    }
-    if default is not None:
-        points[str(default)] = values["defaults"]
-    numeric = all(point.replace(".", "").isdigit() for point in points)
-    order = sorted(points, key=float) if numeric else sorted(points)
-    return order, np.array([np.mean(points[x]) for x in order]), np.array([np.std(points[x]) for x in order])
-
-
-def draw_proxies_per_class(runs, out):
-    names = swept_before(runs)
-    figure = Figure(figsize=(max(3.4 * len(names), 7), 4), layout="constrained")
+def draw_proxies_per_class(runs, path, seeds):
+    """What :func:`~.tables.numbers_of_proxies` holds; numbers without all runs are left out."""
+    names = [name for name in COUNTS if name in runs and runs[name].rows]
+    if not names:
+        return
+    figure = Figure(figsize=(4.5 * len(names), 4), layout="constrained")
     for ax, name in zip(np.atleast_1d(figure.subplots(1, len(names))), names, strict=True):
-        for loss in (OURS, *SEVERAL_PROXIES):
-            labels = changes_before() if loss == OURS else counts(loss)
-            x, mean, deviation = curve(scores_of(runs[name], loss, labels), FAMILIES[loss].several)
-            if len(x) > 1:
-                ax.errorbar([int(k) for k in x], mean, deviation, marker="o", capsize=3, label=loss)
-        ax.set(title=name, xlabel="proxies per class", ylabel="MAP@R on validation, %", xscale="log")
-        ax.set_xticks(COUNTS, labels=COUNTS, fontsize="small")
+        for loss in SWEPT:
+            found = {k: by_class(runs[name], loss, settings, seeds) for k, settings in proxy_counts(loss, name).items()}
+            found = {k: values for k, values in found.items() if values is not None}
+            means = [values.mean() for values in found.values()]
+            spread = [values.mean(axis=1).std() for values in found.values()]
+            ax.errorbar(list(found), means, spread, marker="o", capsize=3, label=loss)
+        ax.set(title=name, xlabel="proxies per class", ylabel="MAP@R, %", xscale="log")
+        ax.set_xticks(COUNTS[name], labels=COUNTS[name])
         ax.minorticks_off()
-    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
-    figure.suptitle(f"All else at the defaults; of {OURS}, at the defaults before")
-    figure.savefig(out / "proxies_per_class.png", dpi=90)
-
-
-def draw_sensitivity(runs, out):
-    names = swept_before(runs)
-    keys = [key for key in CHANGES_BEFORE if key != "proxies_per_class"]
-    defaults = DEFAULTS_BEFORE | {"margin": 0.0, "usage_momentum": 0.9, "from_kmeans": False}
-    figure = Figure(figsize=(16, 8), layout="constrained")
-    axes = figure.subplots(3, 4, sharey=True).flatten()
-    for ax, key in zip(axes, keys, strict=False):
-        for name in names:
-            values = scores_of(runs[name], OURS, changes_before())
-            x, mean, deviation = curve(values, key, defaults[key])
-            of_defaults = np.mean(values["defaults"])
-            ax.errorbar(range(len(x)), mean / of_defaults, deviation / of_defaults, marker="o", capsize=3, label=name)
-        ax.set_xticks(range(len(x)), labels=x)
-        ax.set(title=f"{key} (default {defaults[key]})")
-        ax.axhline(1, color="gray", linewidth=0.8)
-    for ax in axes[len(keys) :]:
-        ax.set_axis_off()
-    figure.supylabel("MAP@R on validation, relative to the defaults before")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
-    figure.savefig(out / "sensitivity.png", dpi=90)
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    figure.suptitle("All else at the defaults; five seeds, ± standard deviation")
+    figure.savefig(path, dpi=90)

@@ -9,18 +9,17 @@ from statistics import fmean
 import torch
 
 from .. import csv_rows
-from .losses import from_text, load, to_text
+from .losses import configurations, from_text, to_text
 from .tasks import IMAGE_TASKS, TASKS
 from .training import DEVICE, run
 
-VALIDATION_SEED = 100
-SWEEP_SEEDS = VALIDATION_SEED, 101
-"""Of the sweeps, and of the two trainings whose agreement is measured."""
+AGREEMENT_SEEDS = 100, 101
+"""Of the two trainings whose agreement is measured, both of the phase ``validation``."""
 
 
 def validation_seeds(name):
-    """Of which validation is the mean: on the digits three, since one seed alone chose what it had favoured by luck."""
-    return (*SWEEP_SEEDS, 102) if name.startswith("digits") else (VALIDATION_SEED,)
+    """Validation takes the mean over these. One seed alone is too little for the few samples of the digits."""
+    return (100, 101, 102) if name.startswith("digits") else (100,)
 
 
 def identity(settings):
@@ -43,36 +42,34 @@ class Runs:
         """By seed."""
         return self.found.get((phase, loss, identity(settings)), {})
 
-    def held_out(self, loss, settings):
-        """By seed, the rows of the validation part: runs made for the agreement are evaluated on it, too."""
-        return self.get("agreement", loss, settings) | self.get("validation", loss, settings)
-
-    def score(self, loss, settings, seeds=None):
+    def score(self, loss, settings):
         """MAP@R on validation, mean over the seeds that this task takes, or None where one is missing."""
-        rows, seeds = self.held_out(loss, settings), seeds or validation_seeds(self.name)
+        rows, seeds = self.get("validation", loss, settings), validation_seeds(self.name)
         return fmean(float(rows[seed]["map_at_r"]) for seed in seeds) if rows.keys() >= set(seeds) else None
 
     def assigned(self, loss, settings):
-        """By seed, the proxies that held-out samples are assigned to, for the two seeds that are compared."""
-        again = self.get("agreement", loss, settings)
-        rows = self.held_out(loss, settings)
-        found = {seed: rows[seed]["assigned"] or again.get(seed, rows[seed])["assigned"] for seed in rows}
-        return {seed: found[seed] for seed in SWEEP_SEEDS if found.get(seed)}
+        """By seed, the proxies that held-out samples are assigned to, for the two seeds that are compared.
 
-    def validated(self, loss, seeds=None):
+        Some validation runs of the first days did not write them. A row of the phase ``agreement`` is such a run, made
+        once more.
+        """
+        rows, again = (self.get(phase, loss, settings) for phase in ("validation", "agreement"))
+        found = {seed: rows[seed]["assigned"] or again.get(seed, rows[seed])["assigned"] for seed in rows}
+        return {seed: found[seed] for seed in AGREEMENT_SEEDS if found.get(seed)}
+
+    def validated(self, loss):
         """MAP@R on validation by configuration, or None where some are missing."""
-        scores = [self.score(loss, settings, seeds) for settings in load()[loss]]
+        scores = [self.score(loss, settings) for settings in configurations(loss, self.name)]
         return None if None in scores else scores
 
     def has(self, phase, loss, settings, seed):
-        if phase == "agreement":
-            return seed in self.assigned(loss, settings)
-        return seed in (self.held_out(loss, settings) if phase == "validation" else self.get(phase, loss, settings))
+        return seed in self.get(phase, loss, settings)
 
     def add(self, phase, loss, settings, seed):
+        """Runs, and writes the row at once."""
         self.task = self.task or (TASKS | IMAGE_TASKS)[self.name](self.folder)
         start = time.perf_counter()
-        result = run(self.task, "validation" if phase == "agreement" else phase, loss, settings, seed)
+        result = run(self.task, phase, loss, settings, seed)
         row = {
             "task": self.name,
             "phase": phase,

@@ -6,33 +6,19 @@ import numpy as np
 
 from pml_multiproxy.agreement import assignment_agreement
 
-from .losses import (
-    CLASSES_ONLY,
-    COARSE_SWEEPS,
-    DEFAULTS_BEFORE,
-    FAMILIES,
-    K_MEANS,
-    OURS,
-    REFERENCES,
-    UNTRAINED,
-    changes_before,
-    load,
-)
-from .runs import SWEEP_SEEDS, VALIDATION_SEED
+from .losses import COMPARED_BY_AGREEMENT, FAMILIES, OURS, REFERENCES, UNTRAINED, candidates, configurations
 from .tasks import IMAGE_TASKS, TASKS
 from .training import DIGITS
 
 PEERS = [name for name in FAMILIES if name not in REFERENCES and not name.startswith(OURS)]
-PROXY_LOSSES = "SoftTriple", "SubCenterArcFace", "ProxyAnchor", "NormalizedSoftmax", "CosFace"
-"""PML's, as they are."""
 RESAMPLES = 4000
 
 
 def applies(loss, task):
-    """Of images, there are no inputs that k-means could cluster; without views, there is nothing to contrast."""
-    if loss != UNTRAINED and FAMILIES[loss].needs_views:
-        return task.endswith("views")
-    return task not in IMAGE_TASKS or loss == UNTRAINED or FAMILIES[loss].several != "clusters"
+    """Whether the loss has runs on this task; k-means cannot cluster images that are only read in batches."""
+    if loss == UNTRAINED:
+        return True
+    return FAMILIES[loss].only in task and not (task in IMAGE_TASKS and FAMILIES[loss].several == "clusters")
 
 
 def like(name):
@@ -43,27 +29,19 @@ def like(name):
 def chosen(runs, name, loss):
     """The settings that each table takes; those that cannot be known yet are left out."""
     if loss == UNTRAINED:
-        return dict.fromkeys(("defaults", "best here", "best here by one seed", "best elsewhere"))
-    configurations = load()[loss]
-    tables = {"defaults": configurations[0]}
-    first = runs[name].validated(loss, [VALIDATION_SEED])
+        return dict.fromkeys(("defaults", "best here", "best elsewhere"))
+    of_loss = configurations(loss, name)
+    tables = {"defaults": of_loss[0]}
+    if len(of_loss) == 1:
+        return tables
     here, *others = (runs[task].validated(loss) for task in (name, *like(name)))
-    if first:
-        tables["best here by one seed"] = configurations[int(np.argmax(first))]
     if here:
-        tables["best here"] = configurations[int(np.argmax(here))]
+        tables["best here"] = of_loss[int(np.argmax(here))]
     if others and all(others):
-        tables["best elsewhere"] = configurations[int(np.argmax(np.mean(relative(others), axis=0)))]
-    if loss == OURS:
-        tables["defaults before"] = DEFAULTS_BEFORE
-        scores = scores_of(runs[name], loss, changes_before())
-        if scores.keys() == changes_before().keys():
-            ranking = sorted(scores, key=lambda label: np.mean(scores[label]), reverse=True)
-            tables["changed"] = changes_before()[ranking[0]]
-            tables["classes only"] = changes_before()[next(x for x in ranking if x.startswith(CLASSES_ONLY))]
-    if loss in COARSE_SWEEPS and "coarse" in name:
+        tables["best elsewhere"] = of_loss[int(np.argmax(np.mean(relative(others), axis=0)))]
+    if loss in COMPARED_BY_AGREEMENT and "coarse" in name:
         by = {"by agreement": agreements(runs[name], loss), "by fine labels": validations(runs[name], loss)}
-        tables |= {table: candidates(loss)[max(of, key=of.get)] for table, of in by.items() if None not in of.values()}
+        tables |= {t: candidates(loss, name)[int(np.argmax(of))] for t, of in by.items() if None not in of}
     return tables
 
 
@@ -72,29 +50,10 @@ def relative(scores):
     return np.array(scores) / np.max(scores, axis=1, keepdims=True)
 
 
-def scores_of(runs, loss, settings_by_label):
-    """MAP@R on validation by label, each over the seeds of sweeps; labels without runs are left out."""
-    found = {label: runs.held_out(loss, settings) for label, settings in settings_by_label.items()}
-    scores = {
-        label: [float(rows[seed]["map_at_r"]) for seed in SWEEP_SEEDS if seed in rows] for label, rows in found.items()
-    }
-    return {label: of_label for label, of_label in scores.items() if of_label}
-
-
-def candidates(loss):
-    """What agreement chooses from, by label: the twelve configurations, and the sweep over K and temperature.
-
-    The clusters of k-means depend on nothing but how many they are.
-    """
-    swept = {label: settings for label, settings in COARSE_SWEEPS[loss]().items() if label != "defaults"}
-    drawn = [] if loss == K_MEANS else load()[loss]
-    return {str(index): settings for index, settings in enumerate(drawn)} | swept
-
-
 def agreements(runs, loss):
     """How far two seeds agree on held-out samples, by candidate; None where a seed is missing."""
-    found = {label: runs.assigned(loss, settings) for label, settings in candidates(loss).items()}
-    return {label: agreement(*texts.values()) if len(texts) == 2 else None for label, texts in found.items()}
+    found = [runs.assigned(loss, settings) for settings in candidates(loss, runs.name)]
+    return [agreement(*texts.values()) if len(texts) == 2 else None for texts in found]
 
 
 @cache
@@ -107,18 +66,20 @@ def agreement(assigned, again):
 
 def validations(runs, loss):
     """MAP@R on validation, by candidate; None where a seed is missing."""
-    return {label: runs.score(loss, settings) for label, settings in candidates(loss).items()}
+    return [runs.score(loss, settings) for settings in candidates(loss, runs.name)]
 
 
 def tested(runs, name, loss, table, seeds):
     """MAP@R of the test runs, ``(seeds, classes)``, in %, or None where some are missing."""
     tables = chosen(runs, name, loss)
-    rows = runs[name].get("test", loss, tables[table]) if table in tables else {}
-    return by_class(rows)[:seeds] if len(rows) >= seeds else None
+    return by_class(runs[name], loss, tables[table], seeds) if table in tables else None
 
 
-def by_class(rows):
-    return np.array([[float(x) for x in rows[seed]["map_at_r_by_class"].split()] for seed in sorted(rows)])
+def by_class(runs, loss, settings, seeds):
+    """As :func:`tested`, with these settings."""
+    rows = runs.get("test", loss, settings)
+    values = [[float(x) for x in rows[seed]["map_at_r_by_class"].split()] for seed in sorted(rows)]
+    return np.array(values)[:seeds] if len(rows) >= seeds else None
 
 
 def interval(*values, statistic=lambda x: x):
@@ -137,13 +98,16 @@ def resamples(shape):
 
 def measured(runs, name, table, seeds):
     """The test runs of a task by loss, and the losses that still lack some."""
-    found = {loss: tested(runs, name, loss, table, seeds) for loss in (*FAMILIES, UNTRAINED) if applies(loss, name)}
+    losses = [loss for loss in (*FAMILIES, UNTRAINED) if applies(loss, name)]
+    if table != "defaults":
+        losses = [loss for loss in losses if loss == UNTRAINED or FAMILIES[loss].choices]
+    found = {loss: tested(runs, name, loss, table, seeds) for loss in losses}
     lacking = [loss for loss, values in found.items() if values is None]
     return {loss: values for loss, values in found.items() if values is not None}, lacking
 
 
 def with_any_test(runs):
-    """The tasks of which there are runs on the test part with one of our settings."""
+    """The tasks that have runs of a trained network on the test part."""
     return [
         name for name in runs if any(row["phase"] == "test" and row["loss"] != UNTRAINED for row in runs[name].rows)
     ]

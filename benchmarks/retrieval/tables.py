@@ -3,13 +3,24 @@
 import numpy as np
 from scipy.stats import spearmanr
 
-from .losses import DEFAULTS_BEFORE, FAMILIES, OURS, UNTRAINED, changes, load, to_text
+from .losses import (
+    COMPARED_BY_AGREEMENT,
+    COUNTS,
+    FAMILIES,
+    ONE_PROXY,
+    OURS,
+    SWEPT,
+    UNTRAINED,
+    candidates,
+    configurations,
+    proxy_counts,
+    to_text,
+)
 from .selection import (
-    COARSE_SWEEPS,
     PEERS,
     agreements,
-    candidates,
-    chosen,
+    applies,
+    by_class,
     interval,
     measured,
     relative,
@@ -31,32 +42,42 @@ def mean_and_interval(values):
 
 
 def of_losses(runs, which, seeds, names):
+    found = {name: measured(runs, name, which, seeds) for name in names}
     rows = []
     for loss in (*FAMILIES, UNTRAINED):
-        cells = []
-        for name in names:
-            found, lacking = measured(runs, name, which, seeds)
-            cells.append("open" if loss in lacking else mean_and_interval(found[loss]) if loss in found else "")
-        rows.append([loss, *cells])
-    return table(["", *names], rows) if names else None
+        cells = [
+            "open" if loss in lacking else mean_and_interval(values[loss]) if loss in values else ""
+            for values, lacking in found.values()
+        ]
+        rows += [[loss, *cells]] if any(cells) else []
+    return table(["", *names], rows)
 
 
-def against_best_peer(runs, which, seeds, names, ours_by="", title="ours"):
-    """Ours against the best of the peers, by task; with ``ours_by``, on the tasks where that was chosen."""
+def against_best_peer(runs, which, seeds, names):
+    """Ours against the best of the peers, by task; where labels are to be retrieved, also K=1 at its defaults."""
     rows = []
-    for name in (name for name in names if not ours_by or ours_by in chosen(runs, name, OURS)):
+    for name in names:
         found, lacking = measured(runs, name, which, seeds)
-        mine = tested(runs, name, OURS, ours_by or which, seeds)
         peers = {loss: values for loss, values in found.items() if loss in PEERS}
-        if not peers or mine is None:
-            rows.append([name, "open", "open" if mine is None else f"{mine.mean():.1f}", "", ""])
-            continue
-        best = max(peers, key=lambda loss: peers[loss].mean())
         open_peers = [loss for loss in lacking if loss in PEERS]
+        best = max(peers, key=lambda loss: peers[loss].mean()) if peers else None
         note = f" ({len(open_peers)} of {len(open_peers) + len(peers)} peers open)" if open_peers else ""
-        label = f"{changes_of(chosen(runs, name, OURS)[ours_by], DEFAULTS_BEFORE)}: " if ours_by else ""
-        rows.append([name, f"{best}: {peers[best].mean():.1f}{note}", *compared(mine, peers[best], label)])
-    return table(["task", "best peer", title, "difference", "ratio"], rows)
+        ours = {name: found.get(OURS)}
+        if applies(ONE_PROXY, name):
+            ours[f"{name}, K=1"] = tested(runs, name, ONE_PROXY, "defaults", seeds)
+        for title, values in ours.items():
+            cells = ["open", "", ""] if values is None else [f"{values.mean():.1f}", "", ""]
+            if values is not None and peers:
+                cells = compared(values, peers[best])
+            rows.append([title, f"{best}: {peers[best].mean():.1f}{note}" if peers else "open", *cells])
+    return table(["task", "best peer", "ours", "difference", "ratio"], rows)
+
+
+def compared(ours, peer):
+    """The interval is of the difference: both are resampled with the same seeds and classes."""
+    low, high = interval(ours - peer)
+    difference = f"{ours.mean() - peer.mean():+.1f} ({low:+.1f} to {high:+.1f})"
+    return [f"{ours.mean():.1f}", difference, f"{ours.mean() / peer.mean():.2f}"]
 
 
 def changes_of(settings, defaults):
@@ -64,74 +85,58 @@ def changes_of(settings, defaults):
     return f"`{to_text(changed) or 'defaults'}`"
 
 
-def compared(ours, peer, label=""):
-    low, high = interval(ours - peer)
-    difference = f"{ours.mean() - peer.mean():+.1f} ({low:+.1f} to {high:+.1f})"
-    return [f"{label}{ours.mean():.1f}", difference, f"{ours.mean() / peer.mean():.2f}"]
+def numbers_of_proxies(runs, seeds):
+    """Our defaults with other numbers of proxies per class, on the test part."""
+    counts = sorted({count for of_task in COUNTS.values() for count in of_task})
+    rows = []
+    for name in (name for name in COUNTS if name in runs):
+        for loss in SWEPT:
+            settings = proxy_counts(loss, name)
+            found = {count: by_class(runs[name], loss, of, seeds) for count, of in settings.items()}
+            cells = {k: "open" if values is None else mean_and_interval(values) for k, values in found.items()}
+            rows.append([name, loss, *(cells.get(count, "") for count in counts)])
+    return table(["task", "loss", *(f"K={count}" for count in counts)], rows)
 
 
-def choice_of_defaults(runs):
-    """Our configurations on validation, and what the other tasks choose, over the tasks that have all."""
-    names = [name for name in TASKS if runs[name].validated(OURS)]
+def choice_of_defaults(runs, views):
+    """Our configurations on validation, and what the other tasks choose; tasks without all runs are left out."""
+    tasks = [name for name in TASKS if name.endswith("views") == views]
+    names = [name for name in tasks if runs[name].validated(OURS)]
     if not names:
         return None
     scores = [runs[name].validated(OURS) for name in names]
     means = np.mean(relative(scores), axis=0)
-    keys = list(load()[OURS][0])
+    of_ours = configurations(OURS, names[0])
+    keys = list(of_ours[0])
     rows = [
         [str(i), *(f"{settings[key]}" for key in keys), *(f"{of_task[i]:.1f}" for of_task in scores), f"{means[i]:.2f}"]
-        for i, settings in enumerate(load()[OURS])
+        for i, settings in enumerate(of_ours)
     ]
     if len(names) > 1:
         others = (np.delete(relative(scores), i, axis=0) for i in range(len(names)))
         choices = (str(int(np.argmax(np.mean(rest, axis=0)))) for rest in others)
         rows.append(["chosen by the other tasks", *[""] * len(keys), *choices, ""])
-    missing = [name for name in TASKS if name not in names]
+    missing = [name for name in tasks if name not in names]
     title = ["", *(f"`{key}`" for key in keys), *names, "mean, relative"]
     return table(title, rows) + (f"\n\nOpen: {', '.join(missing)}." if missing else "")
-
-
-def changed_defaults(runs, seeds):
-    """Our defaults and each with one change, on validation, by the mean of these seeds; empty where one is missing."""
-    found = {
-        label: [runs[name].score(OURS, settings, seeds) for name in TASKS] for label, settings in changes().items()
-    }
-    found = {label: scores for label, scores in found.items() if any(score is not None for score in scores)}
-    everywhere = {label: scores for label, scores in found.items() if None not in scores}
-    scores = relative(np.transpose(list(everywhere.values()))).mean(axis=0) if everywhere else []
-    means = dict(zip(everywhere, scores, strict=True))
-    rows = [
-        [
-            f"`{label}`",
-            *("" if x is None else f"{x:.1f}" for x in scores),
-            f"{means[label]:.3f}" if label in means else "",
-        ]
-        for label, scores in found.items()
-    ]
-    return table(["", *TASKS, "mean, relative to the best that is measured on all"], rows)
 
 
 def choice_by_agreement(runs, seeds):
     """Chosen by the agreement of two seeds, by fine labels, and not at all, on the test part."""
     rows = []
     for name in (name for name in TASKS if "coarse" in name):
-        for loss in COARSE_SWEEPS:
+        for loss in COMPARED_BY_AGREEMENT:
             values = [tested(runs, name, loss, t, seeds) for t in ("by agreement", "by fine labels", "defaults")]
             if any(value is None for value in values):
                 rows.append([name, loss, "open", *[""] * 7])
                 continue
             means = [value.mean() for value in values]
             found = agreements(runs[name], loss)
-            label = max(found, key=found.get)
-            rank = spearman(runs[name], loss, found)
+            settings = candidates(loss, name)[int(np.argmax(found))]
+            rank = spearmanr(found, validations(runs[name], loss)).statistic
             regrets = (f"{mean / means[1] - 1:+.0%}" for mean in (means[0], means[2]))
             cells = (f"{mean:.1f}" for mean in means)
-            settings = changes_of(candidates(loss)[label], load()[loss][0])
-            rows.append([name, loss, settings, f"{found[label]:.2f}", *cells, *regrets, f"{rank:.2f}"])
+            label = changes_of(settings, configurations(loss, name)[0])
+            rows.append([name, loss, label, f"{max(found):.2f}", *cells, *regrets, f"{rank:.2f}"])
     header = ["task", "loss", "chosen by agreement", "agreement, nats", "MAP@R", "chosen by fine labels", "defaults"]
     return table([*header, "regret of agreement", "regret of the defaults", "Spearman"], rows)
-
-
-def spearman(runs, loss, found):
-    scores = validations(runs, loss)
-    return spearmanr([found[label] for label in scores], list(scores.values())).statistic

@@ -13,13 +13,14 @@ from .views import stack_views
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 METRICS = "map_at_r", "r_precision", "precision_at_1"
-DIGITS = "0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ+/"
+DIGITS = "0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ+/" + "".join(map(chr, range(0xC0, 0x100)))
+"""One for each proxy of a class, up to 128."""
 
 
 def run(task, phase, name, settings, seed):
     """A row of results; on validation, also the proxy of its class that each sample is assigned to."""
     torch.manual_seed(seed)
-    np.random.seed(seed)  # which the sampler draws from
+    np.random.seed(seed)  # for the sampler
     data, unseen = task.phase(phase)
     if name == UNTRAINED:
         return evaluate(task.make_network().to(DEVICE), unseen) | {"assigned": ""}
@@ -47,7 +48,7 @@ def train(task, data, family, settings, seed):
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3)
     if list(loss_func.parameters()):
         optimizer.add_param_group({"params": loss_func.parameters(), "lr": proxies_lr})
-    # What a loss draws must not change the views that it sees. Without views, batches are as they always were.
+    # A generator of their own, so that batches and views are the same for losses that draw random numbers.
     generator = torch.Generator().manual_seed(seed) if task.views > 1 else None
     for _ in range(task.epochs):
         for batch in batches(task, data.coarse, generator):
@@ -87,7 +88,7 @@ def evaluate(network, data):
 
 
 def assigned(network, loss_func, data):
-    """Which proxy of its class is nearest: per class a word, per sample a digit of base 64; "" without proxies."""
+    """Which proxy of its class is nearest: per class a word, per sample a digit; "" without several proxies."""
     proxies = proxies_of(loss_func)
     if proxies is None:
         return ""

@@ -2,20 +2,20 @@
 
 The floor is three bare matrix products of the same sizes and dtype, into memory that is there already: similarities,
 gradient of the embeddings, gradient of the proxies; "floor, batch last" has the similarities transposed, as our loss
-does. All terms of our loss are on, the distance is the cosine, and its pooling is "max" unless the row names another.
-Times are medians, and so is the ratio to the floor: of the ratios within each repeat, in which the floor and all rows
-take turns, in an order drawn by lot, since the first steps after another row are slower. Extra memory is the peak of
-one step beyond the parameters, one gradient of each, and the inputs, in MB of 10^6 bytes; on the CPU, each in a fresh
-process. Where PyTorch sees a GPU, all is measured on it, in float32 and under bfloat16 autocast.
+does. All terms of our loss are on, the neighbour term in the row with two views; the distance is the cosine, and its
+pooling is "max" unless the row names another. Times are medians over repeats. In each repeat, the floor and all rows
+take turns in a random order, since the first steps after another row are slower; the ratio to the floor is the median
+of the ratios within a repeat. Extra memory is the peak of one step beyond the parameters, one gradient of each, and the
+inputs, in MB of 10^6 bytes; on the CPU, each in a fresh process. If PyTorch sees a GPU, all is measured on it, in
+float32 and under bfloat16 autocast.
 
 Writes results/speed.csv, replacing the rows of the shapes that it measures, and makes results/speed.md of it; --growth
-writes results/speed_growth.csv. --report draws both; alone, it measures nothing. Needs Linux.
+writes results/speed_growth.csv, of which results/speed_growth.png is made. Needs Linux.
 """
 
 import argparse
 import contextlib
 import csv
-import json
 import math
 import os
 import re
@@ -26,7 +26,6 @@ from collections import namedtuple
 from itertools import groupby, product
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import pytorch_metric_learning as pml
 import torch
@@ -35,12 +34,12 @@ from pytorch_metric_learning import losses
 from tqdm import tqdm
 
 from pml_multiproxy import MultiProxyEntropyLoss
-from pml_multiproxy._analytic.chunks import CHUNK_BYTES
 
 from .. import csv_rows
 
 RESULTS = Path(__file__).parent / "results"
 MEMORY_LIMIT_MB = 20_000
+CHUNK_BYTES = 2**21  # of the similarities that the loss streams at a time on a CPU
 Shape = namedtuple("Shape", "B C K D repeats warm_up", defaults=(15, 3))
 SHAPES = {
     "small": Shape(128, 100, 10, 128, repeats=200),
@@ -96,13 +95,14 @@ ROWS = {
     "NormalizedSoftmaxLoss": lambda s: losses.NormalizedSoftmaxLoss(s.C * s.K, s.D),
     "ProxyAnchorLoss": lambda s: losses.ProxyAnchorLoss(s.C * s.K, s.D),
 }
-GROWTH_ROWS = ("floor", "ours, dense", "ours, streamed", "SoftTripleLoss", "SubCenterArcFaceLoss")
-SHADES = {"ours": "Blues_r", "": "Oranges_r"}
-COLORS = {}
-for start, shades in SHADES.items():
-    names = [row for row in ROWS if row not in COLORS and not row.startswith("floor") and row.startswith(start)]
-    COLORS |= dict(zip(names, matplotlib.colormaps[shades](np.linspace(0, 0.7, len(names))), strict=True))
-COLORS |= {"floor": "black", "floor, batch last": "gray"}
+GROWTH_ROWS = {
+    "floor": "black",
+    "ours, dense": "tab:blue",
+    "ours, streamed": "tab:cyan",
+    "SoftTripleLoss": "tab:red",
+    "SubCenterArcFaceLoss": "tab:orange",
+}
+"""With their colours."""
 CPU = re.search(r"model name\s*:\s*(.+)|$", Path("/proc/cpuinfo").read_text())[1] or "CPU"
 MACHINE = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{CPU}, {os.cpu_count()} cores"
 MODES = [("cuda", "float32"), ("cuda", "bfloat16")] if torch.cuda.is_available() else [("cpu", "float32")]
@@ -119,7 +119,7 @@ class Run:
         self.labels = torch.randint(shape.C, (shape.B,), device=device)
         if row == "ours, two views":
             self.labels = self.labels[: shape.B // 2].repeat(2)
-        if row in ("NormalizedSoftmaxLoss", "ProxyAnchorLoss"):  # whose classes have one proxy each
+        if row in ("NormalizedSoftmaxLoss", "ProxyAnchorLoss"):  # here, each proxy is a class
             self.labels *= shape.K
         self.context = contextlib.nullcontext() if dtype == torch.float32 else torch.autocast(device, dtype)
         self.wait = torch.cuda.synchronize if device == "cuda" else lambda: None
@@ -144,7 +144,7 @@ class Run:
 
 
 def extra_mb(row, shape, mode):
-    Run(row, Shape(8, 4, 2, 8), mode).step()  # what libraries allocate once is not the step's
+    Run(row, Shape(8, 4, 2, 8), mode).step()  # libraries allocate some memory once
     run = Run(row, shape, mode)
     if mode[0] == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -162,22 +162,14 @@ def resident(field):
 
 
 def extra_mb_alone(row, shape, mode):
-    """In a fresh process, where it is the process that is measured."""
+    """On the CPU in a fresh process, since its memory is that of the process."""
     if mode[0] == "cuda":
         return extra_mb(row, shape, mode)
-    command = [
-        sys.executable,
-        "-m",
-        "benchmarks.speed.steps",
-        "--threads",
-        torch.get_num_threads(),
-        "--memory-of",
-        row,
-        *shape[:4],
-    ]
-    # The threshold makes each buffer its own mapping: else what set-up has freed stays resident, and hides the step's.
+    command = [sys.executable, "-m", "benchmarks.speed.steps", "--threads", torch.get_num_threads()]
+    # With this threshold, each buffer is a mapping of its own, and memory that set-up frees does not stay resident.
     variables = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "MALLOC_MMAP_THRESHOLD_": "4096"}
-    result = subprocess.run([*map(str, command)], env=variables, stdout=subprocess.PIPE, text=True, check=True)
+    command = map(str, [*command, "--memory-of", row, *shape[:4]])
+    result = subprocess.run([*command], env=variables, stdout=subprocess.PIPE, text=True, check=True)
     return float(result.stdout)
 
 
@@ -185,7 +177,7 @@ def why_not(row, shape, mode):
     if shape.B * shape.C * shape.K < 1e8 or mode[0] == "cuda":
         return ""
     step = 100 * extra_mb_alone(row, shape._replace(C=shape.C // 100), mode)
-    # While times are taken, the parameters of all rows are there at once, and the outputs of the floor.
+    # While times are measured, the parameters of all rows are in memory at once, and the outputs of the floor.
     needed = step + 4e-6 * shape.C * shape.K * (shape.D * (len(ROWS) + 2) + shape.B)
     return f"skipped: needs about {needed / 1000:.0f} GB" if needed > MEMORY_LIMIT_MB else ""
 
@@ -266,36 +258,15 @@ def rounded(number):
     return f"{float(number):,.{2 if float(number) < 100 else 0}f}"
 
 
-def draw_bars(rows):
-    modes = list(dict.fromkeys(table_of(row)[1:] for row in rows))
-    figure = Figure(figsize=(14, 9 * len(modes)), layout="constrained")
-    panels = list(product(modes, ("ratio to floor", "extra MB")))
-    for ax, (mode, column) in zip(figure.subplots(len(panels)), panels, strict=True):
-        shown = [row for row in rows if table_of(row)[1:] == mode]
-        shapes = list(dict.fromkeys(row["shape"] for row in shown))
-        for row in shown:
-            x = shapes.index(row["shape"]) + 0.083 * (list(ROWS).index(row["row"]) - 5)
-            y = float(row[column] or 0)
-            ax.bar(x, y, 0.078, color=COLORS[row["row"]], label="_" * (row["shape"] != shapes[0]) + row["row"])
-            ax.text(x, y, f" {row['note'][:7] or rounded(y)}", rotation=90, ha="center", va="bottom", fontsize=9)
-        title = f"{column}: {', '.join(mode)}; {shown[-1]['machine']}, {shown[-1]['threads']} threads"
-        ax.set(xticks=range(len(shapes)), xticklabels=shapes, ymargin=0.2, ylabel=column, title=title)
-        if column == "extra MB":
-            ax.set_yscale("symlog", linthresh=1)
-            ax.yaxis.set_major_formatter("{x:,g}")
-    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=5)
-    figure.savefig(RESULTS / "speed.png", dpi=100)
-
-
 def draw_growth(rows):
     numbers = {(row["shape"], row["row"]): row for row in rows if table_of(row)[1:] == table_of(rows[0])[1:]}
     figure = Figure(figsize=(12, 9), layout="constrained")
     axes = figure.subplots(2, 2, sharey="row")
     for (i, letter), (j, column) in product(enumerate(SERIES), enumerate(("both ms", "extra MB"))):
-        for name in GROWTH_ROWS:
+        for name, color in GROWTH_ROWS.items():
             found = [numbers.get((f"C={c}, K={k}", name), {}).get(column) for c, k in SERIES[letter]]
             x, y = [pair[i] for pair in SERIES[letter]], [float(number or "nan") for number in found]
-            axes[j, i].loglog(x, y, "o-", color=COLORS[name], label=name)
+            axes[j, i].loglog(x, y, "o-", color=color, label=name)
         axes[j, i].set(xlabel=letter, ylabel=column, title=f"{column}: {'KC'[i]} = {SERIES[letter][0][1 - i]}")
         axes[j, i].set_xticks(x, labels=x)
         axes[j, i].minorticks_off()
@@ -307,10 +278,11 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", nargs="+", choices=SHAPES, metavar="NAME", help=f"default: {' '.join(SHAPES)}")
     parser.add_argument("--growth", action="store_true", help="with C at fixed K, and with K at fixed C")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write what was measured there")
     parser.add_argument("--repeats", type=int, metavar="N", help="default: from 200 (small) to 7 (million)")
     parser.add_argument("--threads", type=int, default=2, metavar="N", help="default: %(default)s")
-    parser.add_argument("--report", action="store_true", help="draw what the CSV files hold")
+    parser.add_argument(
+        "--report", action="store_true", help="measure nothing; make table and picture of the CSV files"
+    )
     parser.add_argument("--memory-of", nargs=5, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
@@ -319,22 +291,17 @@ def main(argv=None):
         print(extra_mb(row, Shape(*map(int, sizes)), ("cpu", "float32")))
         return
     chosen = args.shape or ([] if args.growth or args.report else SHAPES)
-    growth, measured = GROWTH if args.growth else [], []
-    files = ("speed", SHAPES, chosen, ROWS, draw_bars), ("speed_growth", GROWTH, growth, GROWTH_ROWS, draw_growth)
-    for file, shapes, names, rows, _ in files:
+    for file, shapes, names, rows in (
+        ("speed", SHAPES, chosen, ROWS),
+        ("speed_growth", GROWTH, GROWTH if args.growth else [], GROWTH_ROWS),
+    ):
         for name, mode in product(names, MODES):
             new = measure(name, shapes[name], mode, rows, args.repeats or shapes[name].repeats)
             store(file, new, shapes)
-            measured += new
-    if read("speed"):
-        tables = (table(list(rows)) for _, rows in groupby(read("speed"), table_of))
-        (RESULTS / "speed.md").write_text("\n".join(tables))
-    for file, *_, draw in files:
-        if args.report and read(file):
-            draw(read(file))
-    if args.json:
-        args.json.write_text(json.dumps(measured, indent=1) + "\n")
-    print("\n".join(table(list(rows)) for _, rows in groupby(measured, table_of)))
+            print(table(new))
+    (RESULTS / "speed.md").write_text("\n".join(table(list(rows)) for _, rows in groupby(read("speed"), table_of)))
+    if read("speed_growth"):
+        draw_growth(read("speed_growth"))
 
 
 if __name__ == "__main__":

@@ -484,7 +484,7 @@ class MultiProxyEntropyLoss(ProxyLoss):
         """
         self._written_to()  # refuses what a file cannot hold
         contents = {
-            "settings": self.settings() | {name: plain(getattr(self, name)) for name in SAVED_ARGUMENTS},
+            "settings": self.settings() | {name: _plain(getattr(self, name)) for name in SAVED_ARGUMENTS},
             "modules": saving.names_of_modules(self),
             "training": self.training,
             "requires_grad": self.proxies.requires_grad,
@@ -527,7 +527,7 @@ class MultiProxyEntropyLoss(ProxyLoss):
         >>> MultiProxyEntropyLoss(num_classes=4, embedding_size=8, scale=20).settings()["scale"]
         20.0
         """
-        return {name: plain(getattr(self, name)) for name in Settings._fields}
+        return {name: _plain(getattr(self, name)) for name in Settings._fields}
 
     def extra_repr(self) -> str:
         """The settings, which ``print`` shows."""
@@ -569,7 +569,7 @@ class MultiProxyEntropyLoss(ProxyLoss):
     def _whole(self) -> Tensor:
         """The proxies ``(C, K, D)``, for methods that need all of them."""
         if self._shard.group is not None:
-            raise ValueError("the loss must hold all classes for this, got one whose classes are spread over processes")
+            raise ValueError("loss_func must hold all classes for this, got one that is sharded over processes")
         return self.proxies
 
     def _written_to(self) -> tuple[Tensor, Tensor]:
@@ -608,13 +608,20 @@ class MultiProxyEntropyLoss(ProxyLoss):
         return self
 
 
+def check_loss(value: object) -> None:
+    """Whether it is a loss that holds all classes."""
+    if not isinstance(value, MultiProxyEntropyLoss):
+        raise TypeError(f"loss_func must be a MultiProxyEntropyLoss, got {type(value).__name__}")
+    value._whole()
+
+
 RECORDED = [name for name in Settings._fields if name != "classes_per_chunk"]
 """Settings that PML's hooks record once."""
 
 SAVED_ARGUMENTS = ("weight_reg_weight", "embedding_reg_weight", "collect_stats")
 
 
-def plain(value: Any) -> Any:
+def _plain(value: Any) -> Any:
     """A number instead of a scalar of NumPy or torch."""
     return value.tolist() if isinstance(value, (np.generic, Tensor)) else value
 

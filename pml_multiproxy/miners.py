@@ -8,7 +8,7 @@ from torch import Tensor
 
 from . import _check as check
 from ._similarity import similarities
-from .losses import MultiProxyEntropyLoss
+from .losses import MultiProxyEntropyLoss, check_loss
 
 __all__ = ["MultiProxyMiner"]
 
@@ -63,8 +63,7 @@ class MultiProxyMiner(BaseMiner):  # type: ignore[misc]
     loss_func: MultiProxyEntropyLoss
 
     def __init__(self, loss_func: MultiProxyEntropyLoss, negative_margin: float = 0.0, **kwargs: Any) -> None:
-        if not isinstance(loss_func, MultiProxyEntropyLoss):
-            raise TypeError(f"loss_func must be a MultiProxyEntropyLoss, got {type(loss_func).__name__}")
+        check_loss(loss_func)
         super().__init__(distance=loss_func.distance, **kwargs)
         # No submodule: its parameters would count twice where miner and loss are both saved or trained.
         self.__dict__["loss_func"] = loss_func

@@ -220,8 +220,14 @@ def test_arguments_that_cannot_be_are_refused(group):
         with pytest.raises(error, match=message):
             ShardedMultiProxyEntropyLoss(8, SIZE, **{"process_group": group, **settings})
     loss_func = ShardedMultiProxyEntropyLoss(8, SIZE, process_group=group)
-    with pytest.raises(TypeError, match="loss_func must be a MultiProxyEntropyLoss, got Sharded"):
-        MultiProxyMiner(loss_func)
+    for needs_all in (
+        lambda: MultiProxyMiner(loss_func),
+        lambda: loss_func.soft_assign(torch.randn(1, SIZE), torch.zeros(1).long()),
+        lambda: loss_func.get_outliers(torch.randn(1, SIZE), torch.zeros(1).long()),
+        lambda: loss_func.save("loss.pt"),
+    ):
+        with pytest.raises(ValueError, match="all classes"):
+            needs_all()
     for make_copy in (copy.deepcopy, pickle.dumps):
         with pytest.raises(TypeError, match="can be neither copied nor pickled"):
             make_copy(loss_func)

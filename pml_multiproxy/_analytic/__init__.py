@@ -18,7 +18,7 @@ from torch import Tensor
 from .._check import Settings
 from .._similarity import without_autocast
 from . import within_class
-from .chunks import Chunk, Plan, chunks
+from .chunks import Chunk, Plan, chunks_of
 from .online_softmax import ClassTerms, Sums, add_classes, logit_gradient, sums_of_none
 from .poolings import POOLINGS, Analytic, Derivative
 from .products import Products
@@ -58,7 +58,7 @@ def scan(context: Context, proxies: Tensor, positions: Tensor, keep: bool) -> Sc
     several = plan.classes_per_chunk < len(proxies)  # a single chunk may still be in the cache
     target_similarities = proxies.new_zeros(proxies.shape[1], len(positions))
     target_pooled = proxies.new_zeros(len(positions))
-    for chunk in chunks(proxies, positions, settings.num_classes, plan.classes_per_chunk):
+    for chunk in chunks_of(proxies, positions, settings.num_classes, plan.classes_per_chunk):
         similarities = products(chunk.proxies, chunk.rows).view(chunk.shape)
         target_similarities = chunk.target.gather(similarities, target_similarities)
         pooling = _pool(similarities, settings)
@@ -137,7 +137,7 @@ class _Gradient(torch.autograd.Function):
 
 def _computed_again(context: Context, proxies: Tensor, positions: Tensor) -> Iterator[Computed]:
     products, plan, settings = context
-    for chunk in chunks(proxies, positions, settings.num_classes, plan.classes_per_chunk):
+    for chunk in chunks_of(proxies, positions, settings.num_classes, plan.classes_per_chunk):
         pooling = _pool(products(chunk.proxies, chunk.rows).view(chunk.shape), settings)
         yield Computed(chunk, pooling.pooled, pooling.derivative(compact=False))
 

@@ -83,7 +83,7 @@ class Chunk(NamedTuple):
     """``(c, K, B)``."""
 
 
-def chunks(proxies: Tensor, positions: Tensor, num_classes: int, classes_per_chunk: int) -> Iterator[Chunk]:
+def chunks_of(proxies: Tensor, positions: Tensor, num_classes: int, classes_per_chunk: int) -> Iterator[Chunk]:
     """Splits the proxies ``(c', K, D)`` of some of the ``num_classes`` classes; ``positions`` are the target classes
     among these.
     """

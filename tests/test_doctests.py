@@ -1,7 +1,6 @@
 """The examples in the docstrings; every public function and method has one."""
 
 import doctest
-import inspect
 
 import pytest
 
@@ -45,10 +44,9 @@ def test_doctests(module):
     "module", [module for module in MODULES if module is not chunks], ids=lambda module: module.__name__
 )
 def test_every_public_function_and_class_has_one(module):
-    for name, member in inspect.getmembers(
-        module, lambda member: inspect.isfunction(member) or inspect.isclass(member)
-    ):
-        if member.__module__ == module.__name__ and not name.startswith("_"):
+    for name in getattr(module, "__all__", dir(module)):
+        member = getattr(module, name)
+        if getattr(member, "__module__", None) == module.__name__ and not name.startswith("_"):
             assert ">>>" in (member.__doc__ or ""), name
 
 

@@ -18,12 +18,12 @@ class MultiProxyMiner(BaseMiner):  # type: ignore[misc]
 
     In PML's trainers it is a ``tuple_miner``, in ``CrossBatchMemory`` its ``miner``.
 
-    Pair losses pull all samples of a class together. Where classes hold several clusters, that throws away what
-    distinguishes them. With :math:`a_i` the proxy nearest to sample :math:`i` within its class, and :math:`s` the
-    similarity of ``loss_func`` (a distance, negated), this miner takes as
+    Pair losses pull all samples of a class together. If a class holds several clusters, they lose the differences
+    between them. With :math:`a_i` the proxy nearest to sample :math:`i` within its class, and :math:`s` the
+    similarity of ``loss_func`` (for a distance, its negative), this miner takes as
 
     - positives: the samples :math:`j` of the same class with :math:`a_j = a_i`;
-    - negatives: the samples of other classes that intrude, being as close to the proxy as the anchor is,
+    - negatives: the samples of other classes that are as close to the anchor's proxy as the anchor is,
 
       .. math:: s(x_j, a_i) \ge s(x_i, a_i) - m;
 
@@ -42,8 +42,8 @@ class MultiProxyMiner(BaseMiner):  # type: ignore[misc]
     ``ref_labels`` are, as in PML, the same samples once more: row :math:`i` has label :math:`i`, and does not pair with
     embedding :math:`i`. Give ``ref_labels=labels`` to have these pairs, too.
 
-    The parameters of ``loss_func`` are not among the miner's. To copy or pickle the miner, put it and the loss into one
-    dict, so that they stay together: a miner that is copied alone gets a copy of the loss, which is never trained.
+    The miner does not own the parameters of ``loss_func``. To copy or pickle the miner, put it and the loss into one
+    dict: a miner copied alone gets a copy of the loss, and nobody trains that copy.
 
     Raises:
         TypeError, ValueError: for an argument of the wrong kind, shape, dtype, device or range, or a loss whose proxies
@@ -65,7 +65,7 @@ class MultiProxyMiner(BaseMiner):  # type: ignore[misc]
     def __init__(self, loss_func: MultiProxyEntropyLoss, negative_margin: float = 0.0, **kwargs: Any) -> None:
         check_loss(loss_func)
         super().__init__(distance=loss_func.distance, **kwargs)
-        # No submodule: its parameters would count twice where miner and loss are both saved or trained.
+        # Not a submodule: whoever saves or trains miner and loss would count its parameters twice.
         self.__dict__["loss_func"] = loss_func
         self.negative_margin = check.real("negative_margin", negative_margin, "a finite number")
         self.add_to_recordable_attributes(name="negative_margin", is_stat=False)

@@ -1,13 +1,13 @@
-"""The loss in the interface of sentence-transformers, and a trainer whose checkpoints hold the loss.
+"""The loss in the interface of sentence-transformers, and a trainer that saves the loss in its checkpoints.
 
 Needs sentence-transformers 5 or newer with its training dependencies, ``pip install "sentence-transformers[train]"``,
-and PyTorch 2.6 or newer, without which the library cannot resume.
+and PyTorch 2.6 or newer: with an older one, the library cannot resume.
 """
 
-# This module may be called like the library since a package's own modules are not found by their bare names.
+# This module can have the same name as the library: Python never takes a module of a package for a top-level one.
 
-import copy
-from collections.abc import Iterable, Iterator
+import inspect
+from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -16,53 +16,64 @@ import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers import SentenceTransformerTrainer as LibraryTrainer
 from torch import Tensor, distributed, nn
+from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainerCallback
 
 from . import losses
-from ._data_parallel import SYNC_BUFFERS
-from .losses import RECORDED as SETTINGS
 
 __all__ = ["MultiProxyEntropyLoss", "SentenceTransformerTrainer"]
 
+# PyTorch 2.13 and newer warn of the older name.
+SYNC_BUFFERS = "forward_sync_buffers"
+if SYNC_BUFFERS not in inspect.signature(DistributedDataParallel).parameters:
+    SYNC_BUFFERS = "broadcast_buffers"
+
 LOSS_FILE = "loss.pt"
-"""Name of the file in a checkpoint that holds the state of the loss."""
+"""The file of a checkpoint that holds the state of the loss."""
 
 
 class MultiProxyEntropyLoss(nn.Module):
     r""":class:`pml_multiproxy.losses.MultiProxyEntropyLoss` on the embeddings of a ``SentenceTransformer``.
 
-    Use it with :class:`SentenceTransformerTrainer` of this module, which is the library's except that it saves and
-    resumes the proxies. Name the proxies in ``learning_rate_mapping`` to give them a learning rate of their own: that
-    of a transformer is far too small for them.
+    Use it with the :class:`SentenceTransformerTrainer` of this module: the library's own trainer neither saves nor
+    resumes the proxies. Give the proxies a learning rate of their own through ``learning_rate_mapping``: the learning
+    rate of a transformer is far too small for them.
 
-    The dataset has a column ``label`` with integers in ``[0, C)``, and one text column for each view:
+    The dataset has a column ``label`` with integers in ``[0, C)``, and text columns:
 
     - ``views=1``: one text column.
-    - ``views=V`` and V text columns: each holds another wording of the same sample.
-    - ``views=V`` and one text column: the text goes through the model V times, and its dropout makes the views (as in
-      SimCSE, Gao, Yao, Chen, EMNLP 2021). Evaluate on the retrieval task rather than by this loss then: without
-      dropout, views are equal.
+    - ``views=V`` and V text columns: each column holds another wording of the same sample.
+    - ``views=V`` and one text column: the model embeds the text V times, and its dropout makes the views differ (as in
+      SimCSE, Gao, Yao, Chen, EMNLP 2021). Without dropout the views are equal, so evaluate on the retrieval task and
+      not by this loss.
 
-    On several processes, the gradient of the proxies is averaged over all of them, and they start from those of the
-    first, which the library does for the model alone. The usage is that of all processes together
-    (``usage_group="world"``).
+    ``AdaptiveLayerLoss``, ``MatryoshkaLoss`` and ``Matryoshka2dLoss`` of the library can wrap this loss. For embeddings
+    truncated to d dimensions, it uses the first d dimensions of the proxies (as MRL-E does, Kusupati et al., NeurIPS
+    2022).
+
+    On several processes, the proxies start equal to those of the first process, their gradient is averaged over all
+    processes, and all processes share the usage (``usage_group="world"``). The library does this for the model alone.
 
     Args:
-        model: its embedding size D becomes that of the proxies.
+        model: D, the size of its embeddings, becomes the size of the proxies. A ``truncate_dim`` of the model does not
+            count, since the library truncates after training only.
         num_classes: C, at least 1.
         proxies_per_class: K, at least 1; ``None``: the default of the inner loss.
-        **kwargs: of the inner loss, for instance ``views``, ``temperature``, ``intra_weight``, ``balance_weight``.
+        **kwargs: arguments of the inner loss, for instance ``views``, ``temperature``, ``intra_weight``.
 
     Attributes:
-        model: the model that was given.
+        model: the model as given.
         loss_func: the inner :class:`pml_multiproxy.losses.MultiProxyEntropyLoss`. Its parameter is called
             ``loss_func.proxies`` in ``learning_rate_mapping``.
 
+    Calling it: the trainer passes ``sentence_features``, a list with the model's inputs for each text column, and
+    ``labels`` ``(B,)``. The loss is a scalar. The model writes its outputs into the inputs, as under the library's
+    losses; where dropout makes the views, the list gets the inputs of the other views, too.
+
     Raises:
-        ValueError: for a model whose embedding size is unknown; in a call, for a number of text columns that is neither
-            1 nor ``views``, for missing labels, and for ``reseed_below`` on several processes, which would each move
-            other proxies; and as the inner loss raises.
+        ValueError: for a model that does not know the size of its embeddings; in a call, if the number of text columns
+            is neither 1 nor ``views``, or if there are no labels. The inner loss raises errors of its own.
 
     Example::
 
@@ -81,91 +92,93 @@ class MultiProxyEntropyLoss(nn.Module):
         super().__init__()
         if proxies_per_class is not None:
             kwargs["proxies_per_class"] = proxies_per_class
-        if not kwargs.get("reseed_below"):  # which the inner loss refuses together with a group
-            kwargs.setdefault("usage_group", "world")
+        kwargs.setdefault("usage_group", "world")
         self.model = model
         self.loss_func = losses.MultiProxyEntropyLoss(num_classes, _embedding_size(model), **kwargs)
         self.loss_func.to(model.device)
-        self._parallel: list[nn.Module] = []  # in a list, so that the state does not hold the proxies twice
+        self._parallel: list[DistributedDataParallel] = []  # a list, so that the state does not hold the proxies twice
 
-    def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor) -> Tensor:
-        """The loss of a batch, as the trainer calls it.
-
-        Args:
-            sentence_features: what the model takes, once for each text column, all of B texts.
-            labels: ``(B,)`` integers in ``[0, C)``.
-
-        Returns:
-            The loss, a scalar.
-        """
+    def forward(self, sentence_features: list[dict[str, Tensor]], labels: Tensor) -> Tensor:
+        """The loss of a batch, as described in the class docstring."""
         if labels is None:
             raise ValueError("labels must be given, got None: the dataset needs a column called label")
-        views = self._views(list(sentence_features))
-        # A copy of the dict, since the modules of the model write into it.
-        embeddings = torch.cat([self.model(dict(features))["sentence_embedding"] for features in views])
-        loss: Tensor = self._synchronised()(embeddings, labels.view(-1).repeat(len(views)))
-        return loss
+        views = self._views(sentence_features)
+        embeddings = torch.cat([self.model(features)["sentence_embedding"] for features in views])
+        return self._inner_loss(embeddings, labels.view(-1).repeat(len(views)))
 
     def get_config_dict(self) -> dict[str, Any]:
-        """The settings, which the library writes into the model card."""
-        return {name: getattr(self.loss_func, name) for name in SETTINGS}
+        """The settings; the library writes them into the model card."""
+        return dict(self.loss_func.settings())
 
     @property
     def citation(self) -> str:
-        """What to cite, in BibTeX: the paper that the two entropies come from."""
+        """The paper that introduced the two entropies, in BibTeX."""
         return """
 @inproceedings{yu-2022-multi-proxy,
     title = "Multi-Proxy Learning from an Entropy Optimization Perspective",
     author = "Yu and Zhang and Li and Zhang",
     booktitle = "Proceedings of the Thirty-First International Joint Conference on Artificial Intelligence",
-    year = "2022",
-    pages = "1594--1600",
-    doi = "10.24963/ijcai.2022/222",
+    year = "2022", pages = "1594--1600", doi = "10.24963/ijcai.2022/222",
 }
 """
 
     def _views(self, columns: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
         views = self.loss_func.views
-        if len(columns) == views:
-            return columns
         if len(columns) == 1:
-            return columns * views
-        raise ValueError(
-            f"the dataset must have 1 text column or views={views} of them, got {len(columns)}: "
-            f"pass views={len(columns)} if each holds another wording of the same sample, or remove the others"
-        )
-
-    def _synchronised(self) -> nn.Module:
-        """The inner loss; on several processes, in what averages its gradients."""
-        if not (distributed.is_available() and distributed.is_initialized()):
-            return self.loss_func
-        if self.loss_func.reseed_below > 0:
+            # AdaptiveLayerLoss calls with the same list once more, and reads what the model wrote into each dict.
+            columns.extend(dict(columns[0]) for _ in range(views - 1))
+        if len(columns) != views:
             raise ValueError(
-                f"reseed_below must be 0 on several processes, got {self.loss_func.reseed_below:g}: "
-                "each would move other proxies"
+                f"the dataset must have 1 text column or views={views} of them, got {len(columns)}: "
+                f"pass views={len(columns)} if each holds another wording of the same sample, or remove the others"
             )
-        if not self.loss_func.proxies.requires_grad:  # DistributedDataParallel refuses what has nothing to average
+        return columns
+
+    def _inner_loss(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+        module = self._parallel_loss()
+        name = "proxies" if module is self.loss_func else "module.proxies"
+        truncated = {name: self.loss_func.proxies[..., : embeddings.shape[-1]]}  # as MatryoshkaLoss the embeddings
+        loss: Tensor = functional_call(module, truncated, (embeddings, labels))
+        return loss
+
+    def _parallel_loss(self) -> losses.MultiProxyEntropyLoss | DistributedDataParallel:
+        """The inner loss, wrapped on several processes so that they average its gradients."""
+        several = distributed.is_available() and distributed.is_initialized()
+        # DistributedDataParallel refuses a module without gradients.
+        if not several or not self.loss_func.proxies.requires_grad:
             return self.loss_func
         if not self._parallel:
-            # The usage is a buffer, and either updated by all processes together or each one's own.
+            # All processes update the usage together, or each keeps its own: DistributedDataParallel must not copy it.
             options: dict[str, Any] = {SYNC_BUFFERS: False}
             self._parallel.append(DistributedDataParallel(self.loss_func, **options))
         return self._parallel[0]
 
 
 class SentenceTransformerTrainer(LibraryTrainer):
-    """The library's trainer, whose checkpoints hold the loss, too.
+    """The library's trainer, except that it saves the loss in each checkpoint and resumes it.
 
-    The library saves the model alone: resumed from a checkpoint, training goes on with fresh proxies and the optimizer
-    state of the old ones. Here, ``train(resume_from_checkpoint=...)`` is exact, ``load_best_model_at_end`` brings back
-    the proxies that belong to the best model, and ``save_model`` writes them to ``loss.pt`` beside the model. Works
-    with any loss that has parameters or buffers of its own, and with a dict of losses. Not with FSDP and DeepSpeed.
+    The library saves the model alone: after resuming, it trains fresh proxies with the optimizer state of the old ones.
+    With this trainer, ``train(resume_from_checkpoint=...)`` is exact, ``load_best_model_at_end`` brings back the
+    proxies that belong to the best model, and ``save_model`` writes them to ``loss.pt`` beside the model. It works with
+    any loss that has parameters or buffers of its own, and with a dict of losses, but not with FSDP and DeepSpeed.
 
-    It also clears the gradients of the loss after each step, which the library does from version 6.2 on; before, they
-    add up over the whole training.
+    It also clears the gradients of the loss after each step. The library does so from version 6.2 on; before, the
+    gradients of all steps add up.
+
+    To use the trained proxies without a trainer, load ``loss.pt`` into a loss with the same settings::
+
+        from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
+
+        state = torch.load("out/loss.pt", map_location="cpu", weights_only=True)[""]
+        consume_prefix_in_state_dict_if_present(state, "loss_func.")
+        loss_func.load_state_dict(state)
+
+    Here ``loss_func`` is a :class:`pml_multiproxy.losses.MultiProxyEntropyLoss`, or ``loss.loss_func`` of the loss in
+    this module. With a dict of losses, write its key in place of ``""``. For a loss within ``AdaptiveLayerLoss`` or
+    ``MatryoshkaLoss``, the prefix is ``"loss.loss_func."``; within ``Matryoshka2dLoss``, ``"loss.loss.loss_func."``.
 
     Raises:
-        FileNotFoundError: when resuming from a checkpoint without ``loss.pt``, as the library's trainer writes them.
+        FileNotFoundError: when resuming from a checkpoint without ``loss.pt``: the library's trainer wrote it.
 
     Example::
 
@@ -177,7 +190,7 @@ class SentenceTransformerTrainer(LibraryTrainer):
         super().__init__(*args, **kwargs)
         self.add_callback(_ClearGradients())
 
-    # These three are what the library's trainer itself overrides of transformers' to save and load a model.
+    # The library's trainer overrides these three methods of transformers to save and load the model.
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         super()._save(output_dir, state_dict)
@@ -189,20 +202,16 @@ class SentenceTransformerTrainer(LibraryTrainer):
         self._load_losses(Path(checkpoint_path) / LOSS_FILE)
 
     def _load_best_model(self) -> None:
-        super()._load_best_model()  # which calls the method above in newer versions only
+        super()._load_best_model()  # calls _load_from_checkpoint in newer versions only
         self._load_losses(Path(str(self.state.best_model_checkpoint)) / LOSS_FILE)
 
     def _load_losses(self, path: Path) -> None:
         if not path.exists():
-            raise FileNotFoundError(
-                f"{path} must exist to resume the loss: was the checkpoint written by another trainer?"
-            )
+            raise FileNotFoundError(f"{path} must exist to resume the loss: did another trainer write the checkpoint?")
         saved = torch.load(path, map_location="cpu", weights_only=True)
         for name, loss in self._losses():
-            of_model, _ = _split(loss, self.model)
-            state = copy.copy(saved[name])  # keeps its metadata, which a new dict would not
-            state.update(of_model)
-            loss.load_state_dict(state)  # strict: nothing of the loss may be missing
+            saved[name].update(_split(loss, self.model)[0])
+            loss.load_state_dict(saved[name])  # strict: raises if anything of the loss is missing
 
     def _losses(self) -> Iterator[tuple[str, nn.Module]]:
         yield from self.loss.items() if isinstance(self.loss, dict) else [("", self.loss)]
@@ -214,19 +223,21 @@ class _ClearGradients(TrainerCallback):
 
 
 def _split(loss: nn.Module, model: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The state of a loss: what it shares with the model, and its own."""
+    """The state of a loss: the part that belongs to the model, and the rest."""
     shared = {id(tensor) for tensor in chain(model.parameters(), model.buffers())}
-    state = loss.state_dict(keep_vars=True)
-    of_model = {name: value for name, value in state.items() if id(value) in shared}
-    own = loss.state_dict()  # with its metadata, in which the settings are
-    for name in of_model:
-        del own[name]
+    of_model, own = {}, loss.state_dict()  # own keeps its metadata, and the settings in it
+    for name, value in loss.state_dict(keep_vars=True).items():
+        if id(value) in shared:
+            of_model[name] = own.pop(name)
     return of_model, own
 
 
 def _embedding_size(model: SentenceTransformer) -> int:
-    current, before_6 = "get_embedding_dimension", "get_sentence_embedding_dimension"
-    size = getattr(model, current if hasattr(model, current) else before_6)()
+    """The size of the embeddings in training, where the library does not truncate them."""
+    truncate_dim, model.truncate_dim = model.truncate_dim, None
+    # Version 6 renamed the method.
+    size = (getattr(model, "get_embedding_dimension", None) or model.get_sentence_embedding_dimension)()
+    model.truncate_dim = truncate_dim
     if size is None:
-        raise ValueError("model must have an embedding size, got one whose last module does not tell it")
+        raise ValueError("model must know the size of its embeddings, got a model whose modules do not tell it")
     return int(size)

@@ -13,7 +13,7 @@ __all__ = ["ViewsDataset", "stack_views"]
 
 
 class _MapStyle(Protocol):
-    """What a sampler draws from: it has a length, and an item for each index."""
+    """A dataset that a sampler can draw from: with a length, and an item for each index."""
 
     def __len__(self) -> int: ...
 
@@ -21,7 +21,7 @@ class _MapStyle(Protocol):
 
 
 class _Views(tuple[Any, ...]):
-    """The views of one sample; a type of its own, so that :func:`stack_views` takes no (data, label) for two views."""
+    """The views of one sample. With a plain tuple, :func:`stack_views` could take (data, label) for two views."""
 
     __slots__ = ()
 
@@ -29,35 +29,37 @@ class _Views(tuple[Any, ...]):
 class ViewsDataset(Dataset[Any]):
     r"""Draws several views of each sample from a dataset with a random transform.
 
-    Item ``i`` is ``dataset[i]``, drawn ``views`` times. With :func:`stack_views` as ``collate_fn``, batches are as
-    ``MultiProxyEntropyLoss(..., views=views)`` expects them, and otherwise as those of ``dataset``. The augmentation is
-    the transform of ``dataset``: torchvision's, kornia's or your own. Everything that takes a dataset and a
-    ``collate_fn`` stays as it is: ``DataLoader`` with its workers, PML's trainers, and samplers, since length and
-    indices are those of ``dataset``. The batch size counts samples: the network gets ``views`` times as many rows.
+    Item ``i`` is ``dataset[i]``, drawn ``views`` times. Pass :func:`stack_views` as ``collate_fn`` to get the batches
+    that ``MultiProxyEntropyLoss(..., views=views)`` expects. Take ``views=loss_func.views`` wherever a loss is at hand:
+    a loss with ``views=1`` accepts a batch of two views, but does not compare them, and loses the main gain of views.
 
-    Random numbers: PyTorch seeds ``torch``, ``random`` and ``numpy.random`` differently in each worker and epoch. A
-    generator that ``dataset`` holds itself, such as ``numpy.random.default_rng()``, is copied instead, so that all
-    workers draw the same numbers: seed it in ``worker_init_fn``.
+    The transform of ``dataset`` makes the augmentation: torchvision's, kornia's or your own. ``DataLoader`` with its
+    workers, PML's trainers and samplers work as before, since length and indices are those of ``dataset``. The batch
+    size counts samples: the network gets ``views`` times as many rows.
+
+    Random numbers: PyTorch seeds ``torch``, ``random`` and ``numpy.random`` differently in each worker and epoch. It
+    copies a generator that ``dataset`` holds itself, such as ``numpy.random.default_rng()``, so that all workers draw
+    the same numbers: seed that one in ``worker_init_fn``.
 
     Args:
-        dataset: map-style, with ``__len__`` and ``__getitem__``. Its items are (data, label), unless
-            ``data_and_label_getter`` says otherwise.
-        views: :math:`V`, at least 1. The loss has to get the same number.
-        data_and_label_getter: called on an item, returns its data and its label. The function that PML's trainers take
-            under this name, and call on a batch, serves here too. With workers that are spawned, it must be picklable,
-            which a lambda is not.
+        dataset: map-style, with ``__len__`` and ``__getitem__``. Its items are (data, label), unless you give a
+            ``data_and_label_getter``.
+        views: :math:`V`, at least 1, as the loss has it.
+        data_and_label_getter: a function that returns data and label of an item. PML's trainers take a function of
+            this name for batches; the same one serves here. Spawned workers need one that can be pickled: no lambda.
 
     Attributes:
-        dataset: the dataset as given, for what samplers or testers want to know of it.
+        dataset: the dataset as given, for samplers and testers.
 
     Raises:
         TypeError: for a dataset that is not map-style, or items that are not (data, label) without a
             ``data_and_label_getter``.
-        ValueError: when the draws of a sample differ in their labels: they are then not views of the same sample.
+        ValueError: if the draws of a sample differ in their labels, and so are not views of the same sample.
 
     Example:
         >>> import torch
         >>> from torch.utils.data import DataLoader
+        >>> from pml_multiproxy import MultiProxyEntropyLoss
         >>> from pml_multiproxy.views import ViewsDataset, stack_views
         >>> class Noisy(torch.utils.data.Dataset):
         ...     def __len__(self):
@@ -65,7 +67,9 @@ class ViewsDataset(Dataset[Any]):
         ...
         ...     def __getitem__(self, i):
         ...         return i + 0.1 * torch.rand(2), i % 3
-        >>> loader = DataLoader(ViewsDataset(Noisy(), views=2), batch_size=3, collate_fn=stack_views)
+        >>> loss_func = MultiProxyEntropyLoss(num_classes=3, embedding_size=2, views=2)
+        >>> data = ViewsDataset(Noisy(), views=loss_func.views)
+        >>> loader = DataLoader(data, batch_size=3, collate_fn=stack_views)
         >>> data, labels = next(iter(loader))
         >>> data.shape, labels
         (torch.Size([6, 2]), tensor([0, 1, 2, 0, 1, 2]))
@@ -82,11 +86,6 @@ class ViewsDataset(Dataset[Any]):
             raise TypeError(
                 f"dataset must be map-style, with __len__ and __getitem__, got {type(dataset).__name__}: "
                 "a stream has no second draw of a sample"
-            )
-        if data_and_label_getter is not None and not callable(data_and_label_getter):
-            raise TypeError(
-                "data_and_label_getter must be None or a function of an item, "
-                f"got {type(data_and_label_getter).__name__}"
             )
         self.dataset = dataset
         self.views = check.positive_int("views", views)
@@ -122,14 +121,14 @@ class ViewsDataset(Dataset[Any]):
 def stack_views(samples: Sequence[_Views], collate_fn: Callable[[list[Any]], Any] = default_collate) -> Any:
     r"""Stacks the views of several samples into a batch: the ``collate_fn`` for ``DataLoader`` and PML's trainers.
 
-    The batch is what ``collate_fn`` makes of all views, in :math:`V` blocks of :math:`n` samples each: the first views
-    of all, then the second ones, and so on. Row :math:`i` of every block is a view of sample :math:`i`, and the
-    labels repeat. A smaller last batch (without ``drop_last``) is as well formed.
+    ``collate_fn`` makes the batch from all views, in :math:`V` blocks of :math:`n` samples each: the first views of all
+    samples, then the second ones, and so on. Row :math:`i` of every block is a view of sample :math:`i`, and the labels
+    repeat. A smaller last batch (without ``drop_last``) is made in the same way.
 
     Args:
         samples: :math:`n` items of a :class:`ViewsDataset`.
-        collate_fn: what makes a batch of a list of items: tensors, numbers, and tuples or dicts of them by default. For
-            another, use ``functools.partial(stack_views, collate_fn=...)``.
+        collate_fn: makes a batch of a list of items. The default takes tensors, numbers, and tuples or dicts of them.
+            For another, use ``functools.partial(stack_views, collate_fn=...)``.
 
     Returns:
         The batch, of :math:`V n` rows.

@@ -608,11 +608,12 @@ class MultiProxyEntropyLoss(ProxyLoss):
         return self
 
 
-def check_loss(value: object) -> None:
-    """Whether it is a loss that holds all classes."""
+def check_loss(value: object) -> "MultiProxyEntropyLoss":
+    """The value, if it is a loss that holds all classes."""
     if not isinstance(value, MultiProxyEntropyLoss):
         raise TypeError(f"loss_func must be a MultiProxyEntropyLoss, got {type(value).__name__}")
     value._whole()
+    return value
 
 
 RECORDED = [name for name in Settings._fields if name != "classes_per_chunk"]

@@ -102,8 +102,7 @@ class ProxyEntropyRegularizer(BaseRegularizer):  # type: ignore[misc]
         # The products are few, and in bfloat16 close proxies could not be told apart.
         with without_autocast(weights.device.type):
             values = within_classes(self.distance, blocks)
-        if self.distance.collect_stats:  # as one call of the distance with all weights would record
-            record_norms(self.distance, weights, weights)
+        record_norms(self.distance, weights, weights)
         return values
 
 

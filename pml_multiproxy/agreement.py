@@ -119,10 +119,7 @@ def proxy_agreement(
     1.0
     """
     if len(loss_funcs) != len(embeddings):
-        raise ValueError(
-            f"embeddings must be one tensor for each of the {len(loss_funcs)} losses, got {len(embeddings)}: each "
-            "training has its own network"
-        )
+        raise ValueError(f"embeddings must be one tensor for each of {len(loss_funcs)} losses, got {len(embeddings)}")
     classes = check.integers("labels", _as_tensor(labels), len(labels))
     assignments = []
     for run, loss_func in enumerate(loss_funcs):

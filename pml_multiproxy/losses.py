@@ -392,10 +392,7 @@ class MultiProxyEntropyLoss(ProxyLoss):
         tensor([1])
         """
         if not is_plain_cosine(self.distance):
-            raise ValueError(
-                "distance must be PML's CosineSimilarity with p=2 and power=1, since the threshold is an angle, got "
-                f"{type(self.distance).__name__} with p={self.distance.p} and power={self.distance.power}"
-            )
+            raise ValueError(f"distance must be CosineSimilarity(p=2, power=1) for an angle, got {self.distance}")
         degrees = check.real("threshold", threshold, "a number of degrees from 0 to 180", low=0.0, high=180.0)
         labels, proxies = self._own_classes(embeddings, labels), self._whole()
         check.finite("embeddings", embeddings)
@@ -467,6 +464,7 @@ class MultiProxyEntropyLoss(ProxyLoss):
         >>> MultiProxyEntropyLoss.load(path).scale
         20.0
         """
+        self._whole()
         self._written_to()  # refuses what a file cannot hold
         contents = {
             "settings": self.settings() | {name: _plain(getattr(self, name)) for name in SAVED_ARGUMENTS},

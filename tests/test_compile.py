@@ -1,8 +1,6 @@
 """A training step compiles into one graph; the logits export; traces compute the same."""
 
 import copy
-import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +9,6 @@ from cases import make_distance
 from pml_multiproxy import MultiProxyEntropyLoss
 from pml_multiproxy._analytic.poolings import POOLINGS
 
-PARAMETERS = Path(__file__).parent.parent / "docs" / "parameters.md"
 OF_TORCH = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 """Warnings of torch, onnx and onnxscript among themselves."""
 
@@ -69,16 +66,6 @@ class Classifier(torch.nn.Module):
         return self.loss_func.get_logits(self.network(x))
 
 
-def check_onnx(program, model, size):
-    from onnx.reference import ReferenceEvaluator
-
-    evaluator = ReferenceEvaluator(program.model_proto)
-    for count in (1, 7, 300):
-        x = torch.randn(count, size)
-        (logits,) = evaluator.run(None, {"x": x.numpy()})
-        torch.testing.assert_close(torch.tensor(logits), model(x).detach(), atol=1e-4, rtol=1e-4)
-
-
 @pytest.mark.parametrize(
     ("pooling", "distance"),
     [*((pooling, "cosine") for pooling in POOLINGS), ("logsumexp", "dot product"), ("logsumexp", "SNR")],
@@ -92,19 +79,11 @@ def test_logits_export_with_a_batch_of_any_length(pooling, distance):
         x = torch.randn(count, 8)
         torch.testing.assert_close(program.module()(x), model(x))
     pytest.importorskip("onnxscript")
+    from onnx.reference import ReferenceEvaluator
+
     program = torch.onnx.export(model, (torch.randn(4, 8),), dynamo=True, dynamic_shapes=shapes, verbose=False)
-    check_onnx(program, model, size=8)
-
-
-@OF_TORCH
-def test_the_documented_export_to_onnx(tmp_path, monkeypatch):
-    pytest.importorskip("onnxscript")
-    monkeypatch.chdir(tmp_path)
-    section = re.search(r"^## Export\n.*?^## ", PARAMETERS.read_text(), re.DOTALL | re.MULTILINE).group()
-    blocks = re.findall(r"^```py(?:thon)?\n(.*?)^```", section, re.DOTALL | re.MULTILINE)
-    assert len(blocks) == 2
-    namespace = {"__name__": "page"}
-    for block in blocks:
-        exec(block, namespace)
-    assert (tmp_path / "classifier.onnx").exists()
-    check_onnx(namespace["program"], namespace["classifier"], size=32)
+    evaluator = ReferenceEvaluator(program.model_proto)
+    for count in (1, 7, 300):
+        x = torch.randn(count, 8)
+        (logits,) = evaluator.run(None, {"x": x.numpy()})
+        torch.testing.assert_close(torch.tensor(logits), model(x).detach(), atol=1e-4, rtol=1e-4)

@@ -50,6 +50,7 @@ def test_what_is_not_finite_does_not_count(value, loss_func, batch):
 @pytest.mark.parametrize("options", [{}, {"classes_per_chunk": 1}], ids=str)
 def test_is_updated_before_it_is_used_and_held_fixed_by_the_gradient(options, batch):
     loss_func = MultiProxyEntropyLoss(3, 8, 4, **options)
+    even = copy.deepcopy(loss_func).eval()
     q = loss_func.soft_assign(*batch)
     expected = usage_by_hand(loss_func.proxy_usage, q, batch[1], 0.9)
     assert not torch.allclose(expected, torch.full((3, 4), 0.25), atol=0.01)
@@ -58,6 +59,7 @@ def test_is_updated_before_it_is_used_and_held_fixed_by_the_gradient(options, ba
     embeddings = batch[0].detach().clone().requires_grad_()
     training, evaluated = loss_func(*batch), other.eval()(embeddings, batch[1])
     torch.testing.assert_close(training, evaluated)
+    assert not torch.allclose(training, even(*batch))
     training.backward()
     evaluated.backward()
     torch.testing.assert_close(batch[0].grad, embeddings.grad)

@@ -109,9 +109,7 @@ def process_group(name: str, value: object, also: str | None = None) -> None:
     # To processes outside of the group, new_group returns a number.
     if not distributed.is_available() or not isinstance(value, distributed.ProcessGroup):
         words = "None" if also is None else f"None, {also!r}"
-        raise TypeError(
-            f"{name} must be {words} or a torch.distributed.ProcessGroup that this process is in, got {value!r}"
-        )
+        raise TypeError(f"{name} must be {words} or a ProcessGroup that this process is in, got {value!r}")
 
 
 def embeddings(value: object, proxies: Tensor, name: str = "embeddings") -> None:
@@ -123,10 +121,7 @@ def embeddings(value: object, proxies: Tensor, name: str = "embeddings") -> None
     if value.ndim != 2 or value.shape[1] != size:
         raise ValueError(f"{name} must be of shape (batch_size, {size}), got {tuple(value.shape)}")
     if value.device != proxies.device:
-        raise ValueError(
-            f"{name} must be on the device of the proxies, {proxies.device}, got {value.device}: "
-            "move the loss there with loss_func.to(device)"
-        )
+        raise ValueError(f"{name} must be on the device of the proxies, {proxies.device}, got {value.device}")
 
 
 def finite(name: str, value: Tensor) -> None:
@@ -154,11 +149,9 @@ def in_range(name: str, indices: Tensor, size: int, size_name: str) -> None:
     """Only on the CPU: looking at values on a GPU is a device synchronisation, and would break a compiled graph."""
     if torch.compiler.is_compiling() or indices.device.type != "cpu" or indices.numel() == 0:
         return
-    lowest, highest = (int(extreme) for extreme in indices.aminmax())
-    if lowest < 0 or highest >= size:
-        raise ValueError(
-            f"{name} must lie in [0, {size - 1}] ({size_name} is {size}), got values from {lowest} to {highest}"
-        )
+    low, high = (int(extreme) for extreme in indices.aminmax())
+    if low < 0 or high >= size:
+        raise ValueError(f"{name} must lie in [0, {size - 1}] ({size_name} is {size}), got values from {low} to {high}")
 
 
 def labels(value: object, batch_size: int, num_classes: int, name: str = "labels") -> Tensor:
@@ -195,10 +188,7 @@ def views(labels: Tensor, count: int, look: bool) -> None:
         raise ValueError(f"the batch must be views = {count} blocks of equal length, got {len(labels)} embeddings")
     blocks = labels.view(count, len(labels) // count)
     if look and not blocks.equal(blocks[:1].expand_as(blocks)):
-        raise ValueError(
-            f"labels must be the same in each of the views = {count} blocks of the batch, since row i of every block "
-            "is a view of the same sample, got blocks that differ"
-        )
+        raise ValueError(f"labels must be the same in each of the views = {count} blocks of the batch, got others")
 
 
 def references(embeddings: object, labels: object, ref_emb: object, ref_labels: object, views: int) -> None:
@@ -214,12 +204,6 @@ def training_call() -> None:
     if torch.compiler.is_compiling():
         return
     if torch._C._current_graph_task_id() != -1:
-        raise RuntimeError(
-            "the loss must not be called within a backward pass while training, since each call updates the usage: "
-            "torch.utils.checkpoint may go around the network, but not around the loss"
-        )
+        raise RuntimeError("the loss must not be called within a backward pass while training: it updates the usage")
     if torch._C._are_functorch_transforms_active():
-        raise RuntimeError(
-            "a transform of torch.func must not call the loss while training, since each call updates the usage: "
-            "call loss_func.eval() first"
-        )
+        raise RuntimeError("a transform of torch.func must not call the loss while training: call loss_func.eval()")

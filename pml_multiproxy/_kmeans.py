@@ -43,10 +43,8 @@ def start_(proxies: Tensor, usage: Tensor, embeddings: Tensor, labels: Tensor, d
         centroids[place] = found
     own = _nearest.to_target(distance, embeddings, places, centroids)
     if not own.isfinite().all():
-        raise ValueError(
-            f"embeddings must be small enough for {type(distance).__name__} in {own.dtype}, got values up to "
-            f"{float(embeddings.abs().max()):.3g}, whose distances to proxies in {centroids.dtype} overflow"
-        )
+        kind, largest = type(distance).__name__, float(embeddings.abs().max())
+        raise ValueError(f"embeddings must be small enough for {kind} in {own.dtype}, got values up to {largest:.3g}")
     counts = usage.new_zeros(centroids.shape[:2])
     counts.index_put_((places, own.argmax(dim=1)), usage.new_ones(()), accumulate=True)
     usage[classes] = counts / counts.sum(dim=1, keepdim=True)

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from . import _shard as sharding
 from . import functional
-from ._pml import statistics_kept
 from ._shard import Shard
 from ._similarity import similarities
 
@@ -16,36 +15,28 @@ MOST_SIMILARITIES = 2**20
 """So many similarities are computed at a time."""
 
 
-def nearest_of_all(distance: Any, embeddings: Tensor, proxies: Tensor, shard: Shard) -> tuple[Tensor, Tensor]:
-    """The largest similarity of each embedding to the proxies ``(c', K, D)`` of this process, and the position of that
-    proxy among those of all processes: each ``(B,)``. Without proxies, the similarity is minus infinity.
-    """
+def nearest_of_all(distance: Any, embeddings: Tensor, proxies: Tensor, shard: Shard) -> Tensor:
+    """The position of the proxy nearest to each embedding among those of all processes, ``(B,)``."""
     count, (held, per_class, _) = len(embeddings), proxies.shape
     position = torch.full((count,), shard.start * per_class, device=embeddings.device)
     largest = embeddings.new_full((count,), -torch.inf, dtype=functional.compute_dtype(embeddings, proxies))
     step = max(MOST_SIMILARITIES // max(count * per_class, 1), 1)
-    with statistics_kept(distance):
-        for start in range(0, held, step):
-            block = similarities(distance, embeddings, proxies[start : start + step].flatten(0, 1))
-            values, places = block.max(dim=1)
-            position = torch.where(values > largest, (shard.start + start) * per_class + places, position)
-            largest = torch.maximum(values, largest)
-    return largest, position
+    for start in range(0, held, step):
+        block = similarities(distance, embeddings, proxies[start : start + step].flatten(0, 1))
+        values, places = block.max(dim=1)
+        position = torch.where(values > largest, (shard.start + start) * per_class + places, position)
+        largest = torch.maximum(values, largest)
+    return sharding.of_largest(largest, position, shard)
 
 
-def nearest_of_target(
-    distance: Any, embeddings: Tensor, labels: Tensor, proxies: Tensor, shard: Shard
-) -> tuple[Tensor, Tensor]:
-    """The same among the proxies of each embedding's class. Where another process holds that class, the similarity is
-    minus infinity and the position the largest integer.
-    """
+def nearest_of_target(distance: Any, embeddings: Tensor, labels: Tensor, proxies: Tensor, shard: Shard) -> Tensor:
+    """The position of the nearest proxy of each embedding's class, ``(B,)``."""
     positions = labels - shard.start
     local = sharding.is_local(positions, shard)
     rows = torch.arange(len(labels), device=labels.device) if local is None else local.nonzero().squeeze(1)
-    own, proxy = to_target(distance, embeddings[rows], positions[rows], proxies).max(dim=1)
-    largest = own.new_full((len(labels),), -torch.inf).index_copy(0, rows, own)
-    last = torch.full_like(labels, torch.iinfo(labels.dtype).max)
-    return largest, last.index_copy(0, rows, labels[rows] * proxies.shape[1] + proxy)
+    proxy = to_target(distance, embeddings[rows], positions[rows], proxies).argmax(dim=1)
+    found = labels.new_zeros(len(labels)).index_copy(0, rows, labels[rows] * proxies.shape[1] + proxy)
+    return sharding.from_target(found, positions, shard)
 
 
 def to_target(distance: Any, embeddings: Tensor, labels: Tensor, proxies: Tensor) -> Tensor:
@@ -59,8 +50,7 @@ def to_target(distance: Any, embeddings: Tensor, labels: Tensor, proxies: Tensor
     classes, counts = torch.unique_consecutive(labels[order], return_counts=True)
     for of_classes, rows in _blocks(counts.tolist(), per_class):
         samples = order[rows]
-        with statistics_kept(distance):
-            block = similarities(distance, embeddings[samples], proxies[classes[of_classes]].flatten(0, 1))
+        block = similarities(distance, embeddings[samples], proxies[classes[of_classes]].flatten(0, 1))
         block = torch.unflatten(block, 1, (-1, per_class))
         place = torch.arange(len(counts[of_classes]), device=labels.device).repeat_interleave(counts[of_classes])
         result[samples] = block[torch.arange(len(samples), device=labels.device), place]

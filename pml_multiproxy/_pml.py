@@ -1,8 +1,6 @@
 """All contact with the inner parts of PyTorch Metric Learning: only this file imports them."""
 
 import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -51,18 +49,3 @@ def element_losses(losses: Tensor) -> dict[str, Any]:
     """One loss per row, as PML's reducers take them."""
     indices = torch.arange(len(losses), device=losses.device)
     return {"losses": losses, "indices": indices, "reduction_type": "element"}
-
-
-@contextmanager
-def statistics_kept(module: torch.nn.Module) -> Iterator[None]:
-    """Calls within leave what PML's modules recorded of the last batch as it was."""
-    kept = [
-        (part, name, getattr(part, name))
-        for part in module.modules()
-        for name in getattr(part, "_record_these_stats", ())
-    ]
-    try:
-        yield
-    finally:
-        for part, name, value in kept:
-            setattr(part, name, value)

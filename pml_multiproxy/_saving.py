@@ -38,10 +38,7 @@ def read(path: str | Path, map_location: Any) -> dict[str, Any]:
         raise
     except Exception as error:
         raise ValueError(f"path must name a whole file that MultiProxyEntropyLoss.save wrote, got {path}") from error
-    raise ValueError(
-        f"path must name a file of format {FORMAT}, got {path} of format {contents['format']}, which another version "
-        "of pml-multiproxy wrote"
-    )
+    raise ValueError(f"path must name a file of format {FORMAT}, got {path} of format {contents['format']}")
 
 
 def names_of_modules(loss_func: torch.nn.Module) -> dict[str, str]:

@@ -135,17 +135,22 @@ def mean_over_classes(values: Tensor, shard: Shard) -> Tensor:
     return total / shard.num_classes
 
 
-def nearest(similarity: Tensor, position: Tensor, sizes: list[int], shard: Shard) -> Tensor:
-    """For the embeddings of this rank, ``(b,)``: the position that the rank with the largest similarity found."""
+def of_largest(values: Tensor, positions: Tensor, shard: Shard) -> Tensor:
+    """The position ``(B,)`` of the rank that has the largest value; the first one if several have it."""
     if shard.group is None:
-        return position
-    # A row of NaN has no nearest proxy: any will do, as long as all ranks say the same.
-    similarity = similarity.nan_to_num(-torch.inf, torch.inf, -torch.inf)
-    largest = similarity.clone()
+        return positions
+    # A row of NaN has no largest value: any position will do, as long as all ranks say the same.
+    values = values.nan_to_num(-torch.inf, torch.inf, -torch.inf)
+    largest = values.clone()
     distributed.all_reduce(largest, distributed.ReduceOp.MAX, group=shard.group)
-    position = torch.where(similarity == largest, position, torch.iinfo(position.dtype).max)
-    distributed.all_reduce(position, distributed.ReduceOp.MIN, group=shard.group)
-    return torch.split(position, sizes)[distributed.get_rank(shard.group)]
+    positions = torch.where(values == largest, positions, torch.iinfo(positions.dtype).max)
+    distributed.all_reduce(positions, distributed.ReduceOp.MIN, group=shard.group)
+    return positions
+
+
+def own_rows(rows: Tensor, sizes: list[int], shard: Shard) -> Tensor:
+    """The rows of this rank among those that :func:`gather_rows` gathered."""
+    return rows if shard.group is None else torch.split(rows, sizes)[distributed.get_rank(shard.group)]
 
 
 def check_replicas(usage_group: "ProcessGroup | str | None") -> None:

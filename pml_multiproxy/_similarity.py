@@ -2,10 +2,10 @@
 
 import contextlib
 from contextlib import AbstractContextManager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from pytorch_metric_learning.distances import CosineSimilarity, DotProductSimilarity, LpDistance
+from pytorch_metric_learning.distances import BaseDistance, CosineSimilarity, DotProductSimilarity, LpDistance
 from torch import Tensor
 
 from . import functional
@@ -22,7 +22,9 @@ def is_plain_cosine(distance: Any) -> bool:
 
 
 def similarities(distance: Any, embeddings: Tensor, proxies: Tensor) -> Tensor:
-    """``(B, P)`` of ``(B, D)`` and ``(P, D)``: larger is nearer. At least ``float32``, also under autocast."""
+    """``(B, P)`` of ``(B, D)`` and ``(P, D)``: larger is nearer. At least ``float32``; under autocast, only the matrix
+    product of the cosine rounds more.
+    """
     dtype = functional.compute_dtype(embeddings, proxies)
     if is_plain_cosine(distance):
         queries, references = functional.normalize(embeddings, dtype), functional.normalize(proxies, dtype)
@@ -30,7 +32,8 @@ def similarities(distance: Any, embeddings: Tensor, proxies: Tensor) -> Tensor:
     embeddings, proxies = embeddings.to(dtype), proxies.to(dtype)
     if type(distance) is LpDistance:
         return -lp_distances(distance, *map(distance.maybe_normalize, (embeddings, proxies)))
-    return oriented(distance, distance(embeddings, proxies)).to(dtype)
+    with without_autocast(embeddings.device.type):
+        return _oriented(distance, _values(distance, embeddings, proxies)).to(dtype)
 
 
 def lp_distances(distance: LpDistance, queries: Tensor, references: Tensor) -> Tensor:
@@ -64,52 +67,41 @@ def within_classes(distance: Any, proxies: Tensor) -> Tensor:
     blocks, per_class = [], proxies.shape[1]
     # Splitting once keeps backward from making a gradient of full size for each chunk, as slicing would.
     for some in torch.split(proxies.to(dtype), max(ROWS_PER_CALL // per_class, 1)):
-        of_all_pairs = torch.unflatten(distance(some.flatten(0, 1)), 1, some.shape[:2])
+        rows = some.flatten(0, 1)
+        of_all_pairs = torch.unflatten(_values(distance, rows, rows), 1, some.shape[:2])
         of_all_pairs = torch.unflatten(of_all_pairs, 0, some.shape[:2])
         blocks.append(of_all_pairs.diagonal(dim1=0, dim2=2).permute(2, 0, 1))
-    return oriented(distance, torch.cat(blocks))
+    return _oriented(distance, torch.cat(blocks))
 
 
-def oriented(distance: Any, values: Tensor) -> Tensor:
-    """Values that the distance returned, negated if needed: larger is nearer."""
+def _values(distance: Any, queries: Tensor, references: Tensor) -> Tensor:
+    """What the distance returns for all pairs; it records no statistics."""
+    if type(distance).forward is not BaseDistance.forward:
+        return torch.as_tensor(distance(queries, references))
+    values: Tensor = distance.compute_mat(distance.maybe_normalize(queries), distance.maybe_normalize(references))
+    return values if distance.power == 1 else values**distance.power
+
+
+def _oriented(distance: Any, values: Tensor) -> Tensor:
     return values if distance.is_inverted else -values
-
-
-def is_recorded_at_once(distance: Any) -> bool:
-    """Whether :func:`similarities` leaves the statistics of the distance to :func:`record_norms`."""
-    return is_plain_cosine(distance) or type(distance) is LpDistance
 
 
 @torch.no_grad()
 def record_norms(distance: Any, embeddings: Tensor, proxies: Tensor) -> None:
-    """Records the statistics of one call of the distance with all proxies, ``(P, D)``."""
+    """Records what one call of the distance with all proxies, ``(P, D)``, would record, if it is to."""
+    if not distance.collect_stats:
+        return
     normalized = distance.maybe_normalize(embeddings), distance.maybe_normalize(proxies)
     distance.set_default_stats(embeddings, proxies, *normalized)
 
 
-class Autocast(NamedTuple):
-    """The autocast of a kind of device."""
-
-    device_type: str
-    dtype: torch.dtype | None
-    """``None``: autocast is off."""
-
-    @staticmethod
-    def now(device_type: str) -> "Autocast":
-        enabled = _has_autocast(device_type) and torch.is_autocast_enabled(device_type)
-        return Autocast(device_type, torch.get_autocast_dtype(device_type) if enabled else None)
-
-    def again(self) -> AbstractContextManager[object]:
-        if not _has_autocast(self.device_type):
-            return contextlib.nullcontext()
-        return torch.autocast(self.device_type, self.dtype, enabled=self.dtype is not None)
+def autocast_dtype(device_type: str) -> torch.dtype | None:
+    """The dtype of autocast on a kind of device; ``None``: it is off."""
+    # Some kinds of device have no autocast; PyTorch 2.5 cannot compile the question, so only those are asked.
+    available = device_type in ("cpu", "cuda") or torch.amp.is_autocast_available(device_type)
+    return torch.get_autocast_dtype(device_type) if available and torch.is_autocast_enabled(device_type) else None
 
 
 def without_autocast(device_type: str) -> AbstractContextManager[object]:
-    is_on = Autocast.now(device_type).dtype is not None
-    return Autocast(device_type, None).again() if is_on else contextlib.nullcontext()
-
-
-def _has_autocast(device_type: str) -> bool:
-    # Some kinds of device have none; PyTorch 2.5 cannot compile the question, so only those others are asked.
-    return device_type in ("cpu", "cuda") or torch.amp.is_autocast_available(device_type)
+    is_on = autocast_dtype(device_type) is not None
+    return torch.autocast(device_type, enabled=False) if is_on else contextlib.nullcontext()

@@ -15,7 +15,6 @@ from ._analytic.chunks import make_plan
 from ._analytic.poolings import POOLINGS
 from ._analytic.products import prepare
 from ._check import Settings
-from ._pml import statistics_kept
 from ._shard import Shard
 
 if TYPE_CHECKING:
@@ -59,7 +58,7 @@ class Result(NamedTuple):
 
 def sample_losses(step: Step) -> Result:
     """The loss of each sample."""
-    if step.distance.collect_stats and similarity.is_recorded_at_once(step.distance):
+    if step.distance.collect_stats:
         similarity.record_norms(step.distance, step.embeddings, step.proxies.flatten(0, 1))
     result = _by_autograd(step) if _implementation(step) == "autograd" else _by_analytic_gradient(step)
     weight = step.settings.neighbor_weight
@@ -136,7 +135,7 @@ def _neighbor_loss(step: Step, assignments: Tensor) -> Tensor:
     settings, finite = step.settings, step.embeddings.isfinite().all(dim=1)
     any_vector = torch.linspace(1, 2, step.embeddings.shape[1], dtype=step.embeddings.dtype, device=finite.device)
     embeddings = torch.where(finite.unsqueeze(1), step.embeddings, any_vector)
-    with similarity.without_autocast(finite.device.type), statistics_kept(step.distance):
+    with similarity.without_autocast(finite.device.type):
         mean, smoothed = _neighborhoods(step, torch.where(finite.unsqueeze(1), assignments.detach(), 0), finite)
         to_samples = similarity.similarities(step.distance, embeddings, embeddings).masked_fill(~finite, -torch.inf)
         return functional.neighbor_loss(
@@ -175,14 +174,8 @@ def _kernels(step: Step, proxies: Tensor) -> Tensor:
 
 
 def _sample_loss(terms: functional.Terms, settings: Settings) -> Tensor:
-    return functional.sample_loss(
-        terms,
-        settings.num_classes,
-        settings.proxies_per_class,
-        intra_weight=settings.intra_weight,
-        inter_weight=settings.inter_weight,
-        balance_weight=settings.balance_weight,
-    )
+    weights = settings.intra_weight, settings.inter_weight, settings.balance_weight
+    return functional.sample_loss(terms, settings.num_classes, settings.proxies_per_class, *weights)
 
 
 def _updated_usage(step: Step, positions: Tensor, assignments: Tensor) -> Tensor:

@@ -81,14 +81,7 @@ class ShardedMultiProxyEntropyLoss(MultiProxyEntropyLoss):
         >>> destroy_process_group()
     """
 
-    def __init__(
-        self,
-        num_classes: int,
-        embedding_size: int,
-        *args: Any,
-        process_group: distributed.ProcessGroup | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def __init__(self, *args: Any, process_group: "distributed.ProcessGroup | None" = None, **kwargs: Any) -> None:
         check.process_group("process_group", process_group)
         for name in ("usage_group", "weight_regularizer"):
             if kwargs.get(name) is not None:
@@ -97,7 +90,7 @@ class ShardedMultiProxyEntropyLoss(MultiProxyEntropyLoss):
         if group is None:
             raise RuntimeError("call torch.distributed.init_process_group first: there is no process group yet")
         self._group = group  # the base class makes the proxies, which needs it
-        super().__init__(num_classes, embedding_size, *args, **kwargs)
+        super().__init__(*args, **kwargs)
 
     def _make_proxies(self) -> None:
         check_equal(self._facts(), self._group)
@@ -123,10 +116,6 @@ class ShardedMultiProxyEntropyLoss(MultiProxyEntropyLoss):
             torch.manual_seed(seed[0] + distributed.get_rank(self._group))
             super().reset_parameters()
 
-    def save(self, path: Any) -> None:
-        """Not for this loss: ``torch.distributed.checkpoint`` saves its ``state_dict()``."""
-        raise ValueError("save() is for a loss that holds all classes: use torch.distributed.checkpoint")
-
     def _sharded(self, local: Tensor) -> DTensor:
         """The parts ``(c', ...)`` of the ranks as one tensor over all classes."""
         shape = torch.Size((self.num_classes, *local.shape[1:]))
@@ -145,17 +134,11 @@ class ShardedMultiProxyEntropyLoss(MultiProxyEntropyLoss):
         super()._apply(fn, recurse)
         held, made = self._local(self.proxy_usage).device.type, self._mesh.device_type
         if held != made:
-            raise ValueError(
-                f"the proxies must stay on the kind of device that they were made on, {made}, got {held}: make the "
-                'loss inside of "with torch.device(...):"'
-            )
+            raise ValueError(f"proxies must stay on the kind of device that they were made on, {made}, got {held}")
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        raise TypeError(
-            "a ShardedMultiProxyEntropyLoss can be neither copied nor pickled, since a process group belongs to its "
-            "process: save its state_dict() with torch.distributed.checkpoint"
-        )
+        raise TypeError("a sharded loss can be neither copied nor pickled: save its state_dict()")
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         for name in ("proxies", "proxy_usage"):

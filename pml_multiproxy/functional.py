@@ -464,15 +464,9 @@ class Terms(NamedTuple):
 
 
 def sample_loss(
-    terms: Terms,
-    num_classes: int,
-    proxies_per_class: int,
-    *,
-    intra_weight: float,
-    inter_weight: float,
-    balance_weight: float,
+    terms: Terms, num_classes: int, per_class: int, intra_weight: float, inter_weight: float, balance_weight: float
 ) -> Tensor:
-    r"""The loss of each sample.
+    r"""The loss of each sample, without the neighbour term.
 
     .. math::
 
@@ -483,7 +477,7 @@ def sample_loss(
     Args:
         terms: each ``(B,)``.
         num_classes: :math:`C`.
-        proxies_per_class: :math:`K`.
+        per_class: :math:`K`.
         intra_weight: :math:`\lambda_\mathrm{intra}`.
         inter_weight: :math:`\lambda_\mathrm{inter}`.
         balance_weight: :math:`\lambda_\mathrm{balance}`.
@@ -499,4 +493,4 @@ def sample_loss(
     loss = torch.add(terms.classification, terms.intra, alpha=intra_weight)
     loss = torch.sub(loss, terms.inter, alpha=inter_weight)
     loss = torch.add(loss, terms.balance, alpha=balance_weight)
-    return loss + (inter_weight * math.log(num_classes) + balance_weight * math.log(proxies_per_class))
+    return loss + (inter_weight * math.log(num_classes) + balance_weight * math.log(per_class))

@@ -1,10 +1,13 @@
 r"""What the proxies of a trained loss stand for: the samples nearest to each, and how well they match fine labels.
 
-:func:`nearest_samples` finds the samples to look at. Where fine labels are known for some samples,
-:func:`cluster_scores` says how well the assignment of samples to the proxies of their class recovers them.
+:func:`nearest_samples` finds samples to look at. If you know fine labels of some samples, :func:`cluster_scores` says
+how well the nearest proxies recover them.
+
+Embeddings and labels may be NumPy arrays or tensors. Both functions leave the parameters, the mode and the usage of the
+loss as they are.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,29 +16,31 @@ from torch import Tensor
 
 from . import _check as check
 from . import _nearest as nearest
-from .losses import MultiProxyEntropyLoss
+from .losses import MultiProxyEntropyLoss, check_loss
 
 __all__ = ["ClusterScores", "Scores", "cluster_scores", "nearest_samples"]
 
+Array = Tensor | NDArray[Any]
+
 
 @torch.no_grad()
-def nearest_samples(loss_func: MultiProxyEntropyLoss, embeddings: Tensor, labels: Tensor, count: int) -> Tensor:
-    """The samples that lie nearest to each proxy, among those of its class, the nearest first.
+def nearest_samples(loss_func: MultiProxyEntropyLoss, embeddings: Array, labels: Array, count: int) -> Tensor:
+    """The samples nearest to each proxy among the samples of its class, nearest first.
 
-    A sample may be among the nearest of several proxies; :meth:`~pml_multiproxy.losses.MultiProxyEntropyLoss.assign`
-    says which one it belongs to. Of equally near samples, the first comes first.
+    A sample can be among the nearest of several proxies. To get the one proxy that it belongs to, call
+    :meth:`~pml_multiproxy.losses.MultiProxyEntropyLoss.assign`.
 
     Args:
         loss_func: the trained loss.
         embeddings: ``(B, D)``, finite.
         labels: ``(B,)``, integers in ``[0, C)``.
-        count: how many samples of each proxy, at least 1.
+        count: how many samples to find for each proxy, at least 1.
 
     Returns:
-        ``(C, K, count)``, long: indices of the samples; -1 at the end where a class has fewer.
+        ``(C, K, count)``, long: indices of the samples, padded with -1 for classes with fewer samples.
 
     Raises:
-        TypeError, ValueError: for an argument of the wrong kind, shape, dtype, device or range.
+        TypeError, ValueError: if an argument has the wrong type, shape, dtype, device or range.
 
     >>> loss_func = MultiProxyEntropyLoss(num_classes=2, embedding_size=2, proxies_per_class=2)
     >>> loss_func.proxies.data = torch.eye(2).repeat(2, 1, 1)
@@ -47,69 +52,68 @@ def nearest_samples(loss_func: MultiProxyEntropyLoss, embeddings: Tensor, labels
             [[-1, -1],
              [-1, -1]]])
     """
-    labels = _checked(loss_func, embeddings, labels)
-    count = check.positive_int("count", count)
-    similarities = nearest.to_target(loss_func.distance, embeddings, labels, loss_func.proxies)
-    result = labels.new_full((loss_func.num_classes, loss_func.proxies_per_class, count), -1)
-    order = labels.argsort(stable=True)
-    classes, sizes = torch.unique_consecutive(labels[order], return_counts=True)
-    for c, samples in zip(classes.tolist(), torch.split(order, sizes.tolist()), strict=True):
+    points, classes = _checked_samples(loss_func, embeddings, labels)
+    result = classes.new_full((*loss_func.proxies.shape[:2], check.positive_int("count", count)), -1)
+    similarities = nearest.to_target(loss_func.distance, points, classes, loss_func.proxies)
+    order = classes.argsort(stable=True)
+    present, sizes = torch.unique_consecutive(classes[order], return_counts=True)
+    for c, samples in zip(present.tolist(), torch.split(order, sizes.tolist()), strict=True):
         nearest_first = similarities[samples].argsort(dim=0, descending=True, stable=True)[:count]
         result[c, :, : len(nearest_first)] = samples[nearest_first].T
     return result
 
 
 class Scores(NamedTuple):
-    """How well an assignment matches fine labels: each is 1 where they are the same partition.
+    """How well an assignment matches fine labels. All scores are 1 if both split the samples alike.
 
     >>> Scores(accuracy=0.75, nmi=0.5, ari=0.25).nmi
     0.5
     """
 
     accuracy: float
-    """ACC: the share of samples whose proxy has their fine label, if each proxy gets at most one fine label and each
-    fine label at most one proxy, in the best way. With more proxies than fine labels it is low even for pure parts."""
+    """ACC: the share of samples whose proxy is matched to their fine label, under the best one-to-one matching of
+    proxies and fine labels. With more proxies than fine labels, it is low even if no proxy mixes fine labels."""
 
     nmi: float
-    """Mutual information, divided by the mean of the entropies of both; from 0. Not corrected for chance: it grows with
-    the number of proxies."""
+    """Normalized mutual information: mutual information divided by the mean of the two entropies, from 0 to 1. It is
+    not corrected for chance and grows with the number of proxies."""
 
     ari: float
     """Adjusted Rand index: 0 on average for a random assignment."""
 
 
 class ClusterScores(NamedTuple):
-    """What :func:`cluster_scores` returns.
+    """The result of :func:`cluster_scores`.
 
     >>> ClusterScores(mean=Scores(0.5, 0.5, 0.5), per_class={7: Scores(0.5, 0.5, 0.5)}).mean.ari
     0.5
     """
 
     mean: Scores
-    """Over the classes, each counting the same."""
+    """Mean over the classes, all with the same weight."""
 
     per_class: dict[int, Scores]
-    """Of each class that has a sample with a known fine label."""
+    """Scores of each class that has a sample with a known fine label."""
 
 
 def cluster_scores(
-    loss_func: MultiProxyEntropyLoss, embeddings: Tensor, labels: Tensor, fine_labels: Tensor
+    loss_func: MultiProxyEntropyLoss, embeddings: Array, labels: Array, fine_labels: Array
 ) -> ClusterScores:
     """How well the nearest proxies recover fine labels, within each class.
 
-    Each class is scored by itself, so that the coarse labels, which were given, earn nothing. The matching of ACC is
-    scipy's ``linear_sum_assignment``, NMI and ARI are scikit-learn's. Where a class has one fine label alone, both are
-    1 if all its samples are at one proxy, else 0.
+    Each class is scored alone, so the coarse labels, which the training knew, do not raise the scores. scipy's
+    ``linear_sum_assignment`` finds the matching for ACC; scikit-learn computes NMI and ARI. For a class with a single
+    fine label, NMI and ARI are 1 if all its samples share one proxy, and 0 otherwise.
 
     Args:
         loss_func: the trained loss.
-        embeddings: ``(B, D)``, finite; held-out samples.
+        embeddings: ``(B, D)``, finite; use held-out samples.
         labels: ``(B,)``, integers in ``[0, C)``: the classes of training.
-        fine_labels: ``(B,)``, integers; negative where unknown: these samples are left out.
+        fine_labels: ``(B,)``, integers. Negative means unknown; these samples are left out.
 
     Raises:
-        TypeError, ValueError: for an argument of the wrong kind, shape, dtype, device or range, and where no fine label
-            is known.
+        TypeError, ValueError: if an argument has the wrong type, shape, dtype, device or range, or if no fine label is
+            known.
 
     >>> loss_func = MultiProxyEntropyLoss(num_classes=2, embedding_size=8, proxies_per_class=2)
     >>> embeddings, labels = loss_func.proxies.detach().flatten(0, 1), torch.tensor([0, 0, 1, 1])
@@ -119,17 +123,14 @@ def cluster_scores(
     >>> result.per_class[1].accuracy
     0.5
     """
-    labels = _checked(loss_func, embeddings, labels)
-    fine = check.integers("fine_labels", fine_labels, len(embeddings)).to(embeddings.device)
+    points, classes = _checked_samples(loss_func, embeddings, labels)
+    fine = check.integers("fine_labels", _as_tensor(fine_labels), len(points)).to(points.device)
     known = fine >= 0
     if not known.any():
         raise ValueError("fine_labels must hold a value of at least 0 (negative: unknown), got none")
-    labels, fine = labels[known], fine[known]
-    proxies = loss_func.assign(embeddings[known], labels)[1]
-    per_class = {}
-    for c in torch.unique(labels).tolist():
-        of_class = labels == c
-        per_class[c] = _scores(fine[of_class].cpu().numpy(), proxies[of_class].cpu().numpy())
+    proxies = loss_func.assign(points[known], classes[known])[1].cpu().numpy()
+    parts, of_class = fine[known].cpu().numpy(), classes[known].cpu().numpy()
+    per_class = {int(c): _scores(parts[of_class == c], proxies[of_class == c]) for c in np.unique(of_class)}
     return ClusterScores(Scores(*np.mean(list(per_class.values()), axis=0).tolist()), per_class)
 
 
@@ -139,19 +140,26 @@ def _scores(fine: NDArray[np.int64], proxies: NDArray[np.int64]) -> Scores:
     from sklearn.metrics.cluster import contingency_matrix
 
     counts = contingency_matrix(fine, proxies)
-    matched = counts[linear_sum_assignment(counts, maximize=True)].sum()
-    return Scores(
-        accuracy=float(matched / len(fine)),
-        nmi=float(normalized_mutual_info_score(fine, proxies)),
-        ari=float(adjusted_rand_score(fine, proxies)),
-    )
+    accuracy = counts[linear_sum_assignment(counts, maximize=True)].sum() / len(fine)
+    others = normalized_mutual_info_score(fine, proxies), adjusted_rand_score(fine, proxies)
+    return Scores(float(accuracy), *map(float, others))
 
 
-def _checked(loss_func: object, embeddings: Tensor, labels: Tensor) -> Tensor:
-    """The labels, where all three can be used."""
-    if not isinstance(loss_func, MultiProxyEntropyLoss):
-        raise TypeError(f"loss_func must be a MultiProxyEntropyLoss, got {type(loss_func).__name__}")
-    check.embeddings(embeddings, loss_func.proxies)
-    check.finite("embeddings", embeddings)
-    check.finite("proxies", loss_func.proxies)
-    return check.labels(labels, len(embeddings), loss_func.num_classes).to(embeddings.device)
+def _checked_samples(loss_func: object, embeddings: object, labels: object) -> tuple[Tensor, Tensor]:
+    """Embeddings and labels as tensors on the device of the proxies; an error if the loss cannot take them."""
+    proxies = check_loss(loss_func).proxies
+    points = _as_tensor(embeddings, proxies.device)
+    check.embeddings(points, proxies)
+    check.finite("embeddings", points)
+    check.finite("proxies", proxies)
+    classes = check.labels(_as_tensor(labels), len(points), len(proxies))
+    check.in_range("labels", classes.cpu(), len(proxies), "num_classes")  # check.labels skips those on a GPU
+    return points, classes.to(points.device)
+
+
+def _as_tensor(value: object, device: torch.device | str = "cpu") -> Any:
+    """Copies arrays, since torch refuses negative strides and foreign byte orders. Returns tensors as they are."""
+    if value is None or isinstance(value, Tensor):
+        return value
+    array = np.asarray(value)
+    return torch.from_numpy(array.astype(array.dtype.newbyteorder("="), order="C")).to(device)

@@ -14,7 +14,6 @@ from . import _kmeans as kmeans
 from . import _nearest as nearest
 from . import _saving as saving
 from . import _shard as sharding
-from . import _step as step
 from . import functional
 from ._analytic.chunks import make_plan
 from ._analytic.poolings import POOLINGS
@@ -22,7 +21,8 @@ from ._check import Settings
 from ._monitor import Statistics, UntrainedProxies, statistics
 from ._pml import ARGUMENTS, ProxyLoss
 from ._shard import Shard
-from ._similarity import is_plain_cosine, is_recorded_at_once, record_norms, similarities
+from ._similarity import is_plain_cosine, record_norms, similarities
+from ._step import Step, sample_losses
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -146,7 +146,7 @@ class MultiProxyEntropyLoss(ProxyLoss):
         TypeError, ValueError: for an argument of the wrong kind, shape, dtype, device or range; for a setting changed
             later, at the next call. Settings cannot be learned. On a GPU, the range of labels and indices is not
             checked, which would be a device synchronisation; equal labels in all views only in the first batch. For a
-            ``distance`` that learns or collects statistics where the classes are computed some at a time.
+            ``distance`` that learns where the classes are computed some at a time.
         RuntimeError: for a call in training within a backward pass, as by ``torch.utils.checkpoint`` around the loss,
             or within a transform of ``torch.func``, since each call in training updates the usage. For differentiating
             the gradient again, except where autograd computes it.
@@ -170,7 +170,7 @@ class MultiProxyEntropyLoss(ProxyLoss):
         self,
         num_classes: int,
         embedding_size: int,
-        proxies_per_class: int = 30,
+        proxies_per_class: int = 50,
         *,
         scale: float = 10.0,
         margin: float = 0.0,
@@ -255,20 +255,12 @@ class MultiProxyEntropyLoss(ProxyLoss):
         """
         check.references(embeddings, labels, ref_emb, ref_labels, self.views)
         settings, proxies, usage = check.settings(self), self._local(self.proxies), self._local(self.proxy_usage)
-        if self._is_training():
-            self._look_for_an_optimizer()
-        result = step.sample_losses(
-            step.Step(
-                embeddings,
-                labels,
-                proxies,
-                usage,
-                self.usage_group,
-                updates_usage=self._is_training(),
-                distance=self.distance,
-                settings=settings,
-                shard=self._shard,
-            )
+        training = self._is_training()
+        # Proxies that a parametrization computes are no leaf, and belong to no optimizer.
+        if training and self.proxies.requires_grad and self.proxies.is_leaf and not torch.compiler.is_compiling():
+            self._untrained.look(proxies, self.proxies.grad)
+        result = sample_losses(
+            Step(embeddings, labels, proxies, usage, self.usage_group, training, self.distance, settings, self._shard)
         )
         if self.collect_stats and len(labels):
             recorded = statistics(result, labels, usage, self.views, self._shard)
@@ -296,8 +288,7 @@ class MultiProxyEntropyLoss(ProxyLoss):
         dtype = functional.compute_dtype(embeddings, proxies)
         if len(proxies) == 0:
             return embeddings.new_empty(len(embeddings), 0, dtype=dtype)
-        if self.distance.collect_stats and is_recorded_at_once(self.distance):
-            record_norms(self.distance, embeddings, proxies.flatten(0, 1))
+        record_norms(self.distance, embeddings, proxies.flatten(0, 1))
         count = len(proxies)
         if not torch.compiler.is_compiling():  # compiled code serves batches of any length, for which plans differ
             plan = make_plan(settings.classes_per_chunk, len(embeddings), proxies, dtype)
@@ -330,17 +321,17 @@ class MultiProxyEntropyLoss(ProxyLoss):
         """
         check.embeddings(embeddings, self.proxies)
         if labels is not None:
-            labels = check.labels(labels, len(embeddings), self.num_classes).to(embeddings.device)
+            labels = self._own_classes(embeddings, labels)
         proxies = self._local(self.proxies)
         dtype = functional.compute_dtype(embeddings, proxies)
         rows, row_labels, sizes = sharding.gather_rows(
             embeddings, labels, self._shard, dtype, self.distance, self._is_training()
         )
         if row_labels is None:
-            largest, position = nearest.nearest_of_all(self.distance, rows, proxies, self._shard)
+            found = nearest.nearest_of_all(self.distance, rows, proxies, self._shard)
         else:
-            largest, position = nearest.nearest_of_target(self.distance, rows, row_labels, proxies, self._shard)
-        found = sharding.nearest(largest, position, sizes, self._shard)
+            found = nearest.nearest_of_target(self.distance, rows, row_labels, proxies, self._shard)
+        found = sharding.own_rows(found, sizes, self._shard)
         return found // self.proxies_per_class, found % self.proxies_per_class
 
     @torch.no_grad()
@@ -367,10 +358,7 @@ class MultiProxyEntropyLoss(ProxyLoss):
                 [0, 1, 0],
                 [0, 0, 1]], dtype=torch.int32)
         """
-        proxies = self._whole()
-        check.embeddings(embeddings, proxies)
-        labels = check.labels(labels, len(embeddings), self.num_classes).to(embeddings.device)
-        own = nearest.to_target(self.distance, embeddings, labels, proxies)
+        own = nearest.to_target(self.distance, embeddings, self._own_classes(embeddings, labels), self._whole())
         return functional.assignment(own, check.settings(self).temperature)
 
     @torch.no_grad()
@@ -404,16 +392,11 @@ class MultiProxyEntropyLoss(ProxyLoss):
         tensor([1])
         """
         if not is_plain_cosine(self.distance):
-            raise ValueError(
-                "distance must be PML's CosineSimilarity with p=2 and power=1, since the threshold is an angle, got "
-                f"{type(self.distance).__name__} with p={self.distance.p} and power={self.distance.power}"
-            )
+            raise ValueError(f"distance must be CosineSimilarity(p=2, power=1) for an angle, got {self.distance}")
         degrees = check.real("threshold", threshold, "a number of degrees from 0 to 180", low=0.0, high=180.0)
-        proxies = self._whole()
-        check.embeddings(embeddings, proxies)
+        labels, proxies = self._own_classes(embeddings, labels), self._whole()
         check.finite("embeddings", embeddings)
         check.finite("proxies", proxies)
-        labels = check.labels(labels, len(embeddings), self.num_classes).to(embeddings.device)
         found, centers = nearest.outliers(self.distance, embeddings, labels, proxies, degrees)
         return (found, centers) if return_dominant_centers else found
 
@@ -449,8 +432,7 @@ class MultiProxyEntropyLoss(ProxyLoss):
         >>> loss_func.proxy_usage[0].sort().values
         tensor([0.3333, 0.6667])
         """
-        check.embeddings(embeddings, self.proxies)
-        labels = check.labels(labels, len(embeddings), self.num_classes).to(embeddings.device)
+        labels = self._own_classes(embeddings, labels)
         check.finite("embeddings", embeddings)
         proxies, usage = self._written_to()
         positions = labels - self._shard.start
@@ -482,6 +464,7 @@ class MultiProxyEntropyLoss(ProxyLoss):
         >>> MultiProxyEntropyLoss.load(path).scale
         20.0
         """
+        self._whole()
         self._written_to()  # refuses what a file cannot hold
         contents = {
             "settings": self.settings() | {name: _plain(getattr(self, name)) for name in SAVED_ARGUMENTS},
@@ -508,8 +491,6 @@ class MultiProxyEntropyLoss(ProxyLoss):
         """
         contents = saving.read(path, map_location)
         settings, state = contents["settings"], contents["state"]
-        for name in sorted(settings.keys() & kwargs.keys()):
-            raise ValueError(f"{name} is in the file as {settings[name]!r}, got {kwargs[name]!r}: set it after loading")
         loss_func = cls(**settings, **kwargs)
         given = saving.names_of_modules(loss_func)
         for name, saved in contents["modules"].items():
@@ -553,11 +534,10 @@ class MultiProxyEntropyLoss(ProxyLoss):
             check.training_call()
         return sharding.Batch(_saveable(embeddings), _saveable(checked.to(embeddings.device)), mined)
 
-    def _look_for_an_optimizer(self) -> None:
-        proxies = self.proxies
-        # Proxies that a parametrization computes are no leaf, and belong to no optimizer.
-        if proxies.requires_grad and proxies.is_leaf and not torch.compiler.is_compiling():
-            self._untrained.look(self._local(proxies), proxies.grad)
+    def _own_classes(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+        """The labels of the embeddings, both checked."""
+        check.embeddings(embeddings, self.proxies)
+        return check.labels(labels, len(embeddings), self.num_classes).to(embeddings.device)
 
     def _is_training(self) -> bool:
         return self.training and torch.is_grad_enabled()
@@ -608,11 +588,12 @@ class MultiProxyEntropyLoss(ProxyLoss):
         return self
 
 
-def check_loss(value: object) -> None:
-    """Whether it is a loss that holds all classes."""
+def check_loss(value: object) -> "MultiProxyEntropyLoss":
+    """The value, if it is a loss that holds all classes."""
     if not isinstance(value, MultiProxyEntropyLoss):
         raise TypeError(f"loss_func must be a MultiProxyEntropyLoss, got {type(value).__name__}")
     value._whole()
+    return value
 
 
 RECORDED = [name for name in Settings._fields if name != "classes_per_chunk"]

@@ -102,8 +102,7 @@ class ProxyEntropyRegularizer(BaseRegularizer):  # type: ignore[misc]
         # The products are few, and in bfloat16 close proxies could not be told apart.
         with without_autocast(weights.device.type):
             values = within_classes(self.distance, blocks)
-        if self.distance.collect_stats:  # as one call of the distance with all weights would record
-            record_norms(self.distance, weights, weights)
+        record_norms(self.distance, weights, weights)
         return values
 
 
@@ -116,8 +115,8 @@ def _min_entropy(similarities: Tensor, temperature: float) -> Tensor:
 def _check_distance(distance: Any) -> None:
     if isinstance(distance, DotProductSimilarity) and not distance.normalize_embeddings:
         raise ValueError(
-            "distance must be a cosine, a distance or a DotProductSimilarity with normalize_embeddings=True, got "
-            f"{type(distance).__name__} with normalize_embeddings=False: growing norms would satisfy the penalty"
+            "distance must not be a DotProductSimilarity with normalize_embeddings=False, whose penalty "
+            "longer proxies satisfy"
         )
 
 

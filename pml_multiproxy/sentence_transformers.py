@@ -113,14 +113,12 @@ class MultiProxyEntropyLoss(nn.Module):
     @property
     def citation(self) -> str:
         """The paper that introduced the two entropies, in BibTeX."""
-        return """
-@inproceedings{yu-2022-multi-proxy,
-    title = "Multi-Proxy Learning from an Entropy Optimization Perspective",
-    author = "Yu and Zhang and Li and Zhang",
-    booktitle = "Proceedings of the Thirty-First International Joint Conference on Artificial Intelligence",
-    year = "2022", pages = "1594--1600", doi = "10.24963/ijcai.2022/222",
-}
-"""
+        return (
+            "@inproceedings{yu-2022-multi-proxy, author = {Yu and Zhang and Li and Zhang}, year = {2022}, booktitle = "
+            "{Proceedings of the Thirty-First International Joint Conference on Artificial Intelligence}, title = "
+            "{Multi-Proxy Learning from an Entropy Optimization Perspective}, pages = {1594--1600}, "
+            "doi = {10.24963/ijcai.2022/222}}\n"
+        )
 
     def _views(self, columns: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
         views = self.loss_func.views

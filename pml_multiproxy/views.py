@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
-from pytorch_metric_learning.utils.common_functions import to_numpy
 from torch.utils.data import Dataset, IterableDataset, default_collate
 
 from . import _check as check
@@ -76,17 +75,11 @@ class ViewsDataset(Dataset[Any]):
     """
 
     def __init__(
-        self,
-        dataset: _MapStyle,
-        views: int = 2,
-        data_and_label_getter: Callable[[Any], tuple[Any, Any]] | None = None,
+        self, dataset: _MapStyle, views: int = 2, data_and_label_getter: Callable[[Any], tuple[Any, Any]] | None = None
     ) -> None:
         stream = isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__")
         if stream or not hasattr(dataset, "__len__"):
-            raise TypeError(
-                f"dataset must be map-style, with __len__ and __getitem__, got {type(dataset).__name__}: "
-                "a stream has no second draw of a sample"
-            )
+            raise TypeError(f"dataset must have __len__ and __getitem__, got a {type(dataset).__name__}")
         self.dataset = dataset
         self.views = check.positive_int("views", views)
         self.data_and_label_getter = data_and_label_getter
@@ -97,24 +90,15 @@ class ViewsDataset(Dataset[Any]):
     def __getitem__(self, index: int) -> _Views:
         draws = _Views(self.dataset[index] for _ in range(self.views))
         labels = [self._label(draw) for draw in draws]
-        for label in labels[1:]:
-            if not np.array_equal(to_numpy(label), to_numpy(labels[0])):
-                raise ValueError(
-                    "labels must be the same for all views of a sample, "
-                    f"got {labels[0]!r} and {label!r} from two draws of dataset[{index}]"
-                )
+        if not all(np.array_equal(label, labels[0]) for label in labels):
+            raise ValueError(f"labels must be the same for all draws of dataset[{index}], got {labels}")
         return draws
 
     def _label(self, item: Any) -> Any:
         if self.data_and_label_getter is not None:
             return self.data_and_label_getter(item)[1]
         if not isinstance(item, (tuple, list)) or len(item) != 2:
-            kind = type(item).__name__
-            got = f"a {kind} of {len(item)}" if isinstance(item, (tuple, list, dict)) else f"a {kind}"
-            raise TypeError(
-                f"items of the dataset must be (data, label), got {got}: "
-                "give a data_and_label_getter, as PML's trainers take it"
-            )
+            raise TypeError(f"items must be (data, label), got a {type(item).__name__}: give a data_and_label_getter")
         return item[1]
 
 

@@ -11,7 +11,8 @@ from pytorch_metric_learning import losses as pml_losses
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pml_multiproxy import MultiProxyEntropyLoss
-from pml_multiproxy.regularizers import ROWS_PER_CALL, ProxyEntropyRegularizer
+from pml_multiproxy._similarity import ROWS_PER_CALL
+from pml_multiproxy.regularizers import ProxyEntropyRegularizer
 
 TEMPERATURE = 0.3
 SIZE = 6

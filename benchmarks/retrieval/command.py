@@ -32,7 +32,8 @@ RESULTS = Path(__file__).parent / "results"
 def plan(runs, name, args):
     """The arguments of the runs that there should be, in the order to do them in."""
     losses = [loss for loss in args.losses if applies(loss, name)]
-    for loss in (loss for loss in losses if FAMILIES[loss].choices):
+    chooses = not args.tables or set(args.tables) - {"defaults", COUNTED}
+    for loss in (loss for loss in losses if chooses and FAMILIES[loss].choices):
         for settings in configurations(loss, name):
             yield from (("validation", loss, settings, seed) for seed in validation_seeds(name))
         if "by agreement" in args.tables and loss in COMPARED_BY_AGREEMENT and "coarse" in name:

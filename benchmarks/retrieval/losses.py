@@ -45,15 +45,17 @@ OUR_DEFAULTS = {
     "intra_weight": 0.25,
     "inter_weight": 0.0,
     "balance_weight": 0.5,
-    "proxies_per_class": 30,
+    "proxies_per_class": 50,
     "proxies_lr": DEFAULT_LR,
 }
 """Written down, so that results keep their settings when a default of the loss changes."""
 NEIGHBORS = {"neighbor_weight": 1.0, "neighbor_temperature": 0.2}
 """The other defaults of our loss where there are views; with one view, the term is off."""
 NO_NEIGHBORS = {"neighbor_weight": 0.0}
-PROXIES_PER_CLASS_BY_DEFAULT = OUR_DEFAULTS["proxies_per_class"]
-"""Also for the losses that have no default of their own."""
+FORMER_COUNT = {"proxies_per_class": 30}
+"""The default before the neighbour term; the rows without that term were made with it."""
+COUNT_OF_PEERS = 30
+"""For the losses that have no default of their own."""
 
 
 class Family(NamedTuple):
@@ -99,18 +101,18 @@ FAMILIES = {
         defaults=OUR_DEFAULTS | NEIGHBORS | {"proxies_per_class": 1, "intra_weight": 0.0, "balance_weight": 0.0},
         only="unseen",
     ),
-    NO_NEIGHBOR_TERM: Family(ours, {}, "proxies_per_class", OUR_DEFAULTS | NO_NEIGHBORS, only="views"),
+    NO_NEIGHBOR_TERM: Family(ours, {}, "proxies_per_class", OUR_DEFAULTS | FORMER_COUNT | NO_NEIGHBORS, only="views"),
     "MultiProxyEntropy, no balance": Family(
         ours,
         CHOICES | {"inter_weight": [0.0, 0.1, 0.3]},
         "proxies_per_class",
-        OUR_DEFAULTS | NO_NEIGHBORS | {"balance_weight": 0.0},
+        OUR_DEFAULTS | FORMER_COUNT | NO_NEIGHBORS | {"balance_weight": 0.0},
     ),
     "SoftTriple": Family(
         pml("SoftTripleLoss"),
         {"la": [5, 10, 20, 40], "gamma": [0.05, 0.1, 0.2], "margin": [0.0, 0.01, 0.05]},
         "centers_per_class",
-        {"centers_per_class": PROXIES_PER_CLASS_BY_DEFAULT},
+        {"centers_per_class": COUNT_OF_PEERS},
     ),
     "SubCenterArcFace": Family(
         pml("SubCenterArcFaceLoss"),
@@ -157,7 +159,7 @@ FAMILIES = {
         pml("NormalizedSoftmaxLoss"),
         {"temperature": [0.02, 0.05, 0.1, 0.2, 0.5]},
         "clusters",
-        {"clusters": PROXIES_PER_CLASS_BY_DEFAULT},
+        {"clusters": COUNT_OF_PEERS},
     ),
 }
 

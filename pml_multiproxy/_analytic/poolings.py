@@ -6,7 +6,7 @@ derivative.
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,15 +29,6 @@ class Derivative(NamedTuple):
         return self.by_proxy.to(grad_pooled.dtype).mul_(grad_pooled.unsqueeze(1))
 
 
-class Analytic(Protocol):
-    pooled: Tensor
-
-    def __init__(self, similarities: Tensor, scale: float, temperature: float) -> None: ...
-
-    def derivative(self, compact: bool) -> Derivative:
-        """Call it once at most. ``compact``: it will be kept, so it takes as little memory as possible."""
-
-
 class Max:
     """Similarities that are equal to the last bit share the gradient."""
 
@@ -46,6 +37,7 @@ class Max:
         self.pooled = similarities.amax(dim=1)
 
     def derivative(self, compact: bool) -> Derivative:
+        """Call it once at most. ``compact``: it will be kept, so it takes as little memory as possible."""
         nearest = self.similarities.eq_(self.pooled.unsqueeze(1))
         return Derivative(nearest.to(torch.int8) if compact else nearest, nearest.sum(dim=1))
 
@@ -75,6 +67,9 @@ class LogSumExp:
 
     def derivative(self, compact: bool) -> Derivative:
         return Derivative(self.powers.div_(self.total.unsqueeze(1)), None)
+
+
+Analytic = Max | Softmax | LogSumExp
 
 
 class Pooling(NamedTuple):

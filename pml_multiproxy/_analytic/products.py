@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import functional
-from .._similarity import Autocast, is_plain_cosine, is_recorded_at_once, similarities
+from .._similarity import autocast_dtype, is_plain_cosine, similarities
 
 EPS = functional.norm_eps(torch.float32)
 
@@ -27,8 +27,8 @@ def prepare(distance: Any, embeddings: Tensor, proxies: Tensor) -> "tuple[Produc
         proxies, lengths = _lengths(functional.keep_short(proxies.to(dtype), proxies.dtype).contiguous())
         return _cosine_products(embeddings.detach(), lengths), embeddings, proxies
     embeddings, proxies = embeddings.to(dtype), proxies.to(dtype).contiguous()
-    _refuse_what_streaming_loses(distance, embeddings.detach(), proxies.detach().flatten(0, 1))
-    return DistanceCalls(embeddings.detach(), distance, Autocast.now(embeddings.device.type)), embeddings, proxies
+    _refuse_learned(distance, embeddings.detach(), proxies.detach().flatten(0, 1))
+    return DistanceCalls(embeddings.detach(), distance), embeddings, proxies
 
 
 def _lengths(proxies: Tensor) -> tuple[Tensor, Tensor]:
@@ -44,7 +44,7 @@ def _lengths(proxies: Tensor) -> tuple[Tensor, Tensor]:
 
 def _cosine_products(embeddings: Tensor, lengths: Tensor) -> "CosineProducts":
     saved = (*_directions(embeddings), lengths, lengths.clamp_min(EPS).reciprocal_())
-    rounded = Autocast.now(embeddings.device.type).dtype
+    rounded = autocast_dtype(embeddings.device.type)
     if rounded is not None and embeddings.dtype == torch.float32:  # autocast leaves float64 alone
         return RoundedCosineProducts(*saved, rounded)
     return CosineProducts(*saved)
@@ -159,26 +159,22 @@ class DistanceCalls:
 
     saved: tuple[Tensor, ...] = ()
 
-    def __init__(self, queries: Tensor, distance: Any, autocast: Autocast) -> None:
-        self.queries, self.distance, self.autocast = queries, distance, autocast
+    def __init__(self, queries: Tensor, distance: Any) -> None:
+        self.queries, self.distance = queries, distance
 
     def __call__(self, proxies: Tensor, rows: slice) -> Tensor:
-        with self.autocast.again():  # backward runs outside of the autocast of forward, but has to compute the same
-            return similarities(self.distance, self.queries, proxies).T.contiguous()
+        return similarities(self.distance, self.queries, proxies).T.contiguous()
 
     def restored(self, embeddings: Tensor, saved: Sequence[Tensor]) -> "DistanceCalls":
-        return DistanceCalls(embeddings, self.distance, self.autocast)
+        return DistanceCalls(embeddings, self.distance)
 
     def add_gradients(
         self, proxies: Tensor, rows: slice, gradient: Tensor, grad_queries: Tensor | None, grad_proxies: Tensor
     ) -> Tensor:
         with torch.enable_grad():
             inputs = [tensor.detach().requires_grad_() for tensor in (self.queries, proxies)]
-            with self.autocast.again():
-                similarity = similarities(self.distance, *inputs).T
-        of_chunk, of_proxies = torch.autograd.grad(
-            similarity, inputs, gradient, allow_unused=True, materialize_grads=True
-        )
+            similarity = similarities(self.distance, *inputs).T
+        of_chunk, of_proxies = torch.autograd.grad(similarity, inputs, gradient, materialize_grads=True)
         grad_proxies.copy_(of_proxies)
         return of_chunk if grad_queries is None else grad_queries + of_chunk
 
@@ -189,14 +185,13 @@ class DistanceCalls:
 Products = CosineProducts | DistanceCalls
 
 
-def _refuse_what_streaming_loses(distance: Any, embeddings: Tensor, proxies: Tensor) -> None:
+def _refuse_learned(distance: Any, embeddings: Tensor, proxies: Tensor) -> None:
     learns = any(parameter.requires_grad for parameter in distance.parameters())
     if not type(distance).__module__.startswith("pytorch_metric_learning."):  # may hold tensors that are no parameters
         with torch.enable_grad():
             learns = learns or similarities(distance, embeddings[:1], proxies[:1]).requires_grad
-    if learns or (distance.collect_stats and not is_recorded_at_once(distance)):
-        what = "use tensors with requires_grad=True" if learns else "have collect_stats=True"
+    if learns:
         raise ValueError(
-            f"distance must not {what} where the classes are computed some at a time, got a {type(distance).__name__}: "
-            "on one process, classes_per_chunk=num_classes computes all at once"
+            "distance must not use tensors with requires_grad=True where the classes are computed some at a time, got "
+            f"a {type(distance).__name__}: on one process, classes_per_chunk=num_classes computes all at once"
         )

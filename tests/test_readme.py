@@ -24,7 +24,7 @@ def test_every_number_with_a_spread_is_committed():
     rows = json.loads((RESULTS / "metrics.json").read_text())
     table = [line.strip("| ").split(" | ") for line in README.splitlines() if "±" in line and line.startswith("|")]
     assert len(table) == len({(row["loss"], row["views"]) for row in rows})
-    for loss, views, _, *cells in table:
+    for loss, _, views, *cells in table:
         own = [list(row.values())[-3:] for row in rows if (row["loss"], row["views"]) == (loss, int(views))]
         values = 100 * np.array(own)
         spreads = zip(values.mean(axis=0), values.std(axis=0, ddof=1), strict=True)

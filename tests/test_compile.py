@@ -1,8 +1,6 @@
-"""A training step compiles into one graph; the logits export."""
+"""A training step compiles into one graph; the logits export; traces compute the same."""
 
 import copy
-import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,15 +9,15 @@ from cases import make_distance
 from pml_multiproxy import MultiProxyEntropyLoss
 from pml_multiproxy._analytic.poolings import POOLINGS
 
-PARAMETERS = Path(__file__).parent.parent / "docs" / "parameters.md"
+OF_TORCH = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+"""Warnings of torch, onnx and onnxscript among themselves."""
 
 
 @pytest.mark.parametrize(
     "backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
 )  # inductor needs a C++ compiler
-@pytest.mark.parametrize("views", [1, 2])
-@pytest.mark.parametrize("pooling", POOLINGS)
-@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch", "ignore::DeprecationWarning:copyreg")
+@pytest.mark.parametrize(("pooling", "views"), [("max", 1), ("softmax", 1), ("logsumexp", 2)])
+@OF_TORCH
 def test_training_step_has_no_graph_breaks(backend, pooling, views, batch):
     torch._dynamo.reset()
     embeddings, labels = batch  # blocks of the same labels
@@ -41,6 +39,23 @@ def test_training_step_has_no_graph_breaks(backend, pooling, views, batch):
         torch.testing.assert_close(loss_func.proxy_usage, eager.proxy_usage)
 
 
+@OF_TORCH
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("options", [{}, {"classes_per_chunk": 1}, {"distance": "L2"}], ids=str)
+def test_traces_in_eval_mode(options, batch, tmp_path):
+    from torch.utils.tensorboard import SummaryWriter
+
+    options = options | {"distance": make_distance(options.get("distance", "cosine"))}
+    loss_func = MultiProxyEntropyLoss(3, 8, 4, **options).eval()
+    other = torch.randn(12, 8), batch[1].flip(0)
+    traced = torch.jit.trace(loss_func, batch)
+    for inputs in (batch, other):
+        torch.testing.assert_close(traced(*inputs), loss_func(*inputs))
+    with SummaryWriter(str(tmp_path)) as writer:
+        writer.add_graph(loss_func, batch)
+    assert list(tmp_path.iterdir())
+
+
 class Classifier(torch.nn.Module):
     def __init__(self, pooling, distance="cosine"):
         super().__init__()
@@ -51,53 +66,24 @@ class Classifier(torch.nn.Module):
         return self.loss_func.get_logits(self.network(x))
 
 
-@pytest.mark.parametrize("pooling", POOLINGS)
-@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch", "ignore::DeprecationWarning:copyreg")
-def test_logits_export_with_a_batch_of_any_length(pooling):
-    model = Classifier(pooling).eval()
-    batch = torch.export.Dim("batch", min=1)
-    program = torch.export.export(model, (torch.randn(4, 8),), dynamic_shapes={"x": {0: batch}})
-    for count in (1, 7, 300):
-        x = torch.randn(count, 8)
-        torch.testing.assert_close(program.module()(x), model(x))
-
-
-def check_onnx(program, model, size):
-    from onnx.reference import ReferenceEvaluator
-
-    evaluator = ReferenceEvaluator(program.model_proto)
-    for count in (1, 7, 300):
-        x = torch.randn(count, size)
-        (logits,) = evaluator.run(None, {"x": x.numpy()})
-        torch.testing.assert_close(torch.tensor(logits), model(x).detach(), atol=1e-4, rtol=1e-4)
-
-
-ONNX_WARNINGS = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
-"""Those of torch, onnx and onnxscript among themselves."""
-
-
 @pytest.mark.parametrize(
     ("pooling", "distance"),
     [*((pooling, "cosine") for pooling in POOLINGS), ("logsumexp", "dot product"), ("logsumexp", "SNR")],
 )
-@ONNX_WARNINGS
-def test_logits_export_to_onnx_with_a_batch_of_any_length(pooling, distance):
-    pytest.importorskip("onnxscript")
+@OF_TORCH
+def test_logits_export_with_a_batch_of_any_length(pooling, distance):
     model = Classifier(pooling, distance).eval()
     shapes = {"x": {0: torch.export.Dim("batch", min=1)}}
-    program = torch.onnx.export(model, (torch.randn(4, 8),), dynamo=True, dynamic_shapes=shapes, verbose=False)
-    check_onnx(program, model, size=8)
-
-
-@ONNX_WARNINGS
-def test_the_documented_export_to_onnx(tmp_path, monkeypatch):
+    program = torch.export.export(model, (torch.randn(4, 8),), dynamic_shapes=shapes)
+    for count in (1, 7, 300):
+        x = torch.randn(count, 8)
+        torch.testing.assert_close(program.module()(x), model(x))
     pytest.importorskip("onnxscript")
-    monkeypatch.chdir(tmp_path)
-    section = re.search(r"^## Export\n.*?^## ", PARAMETERS.read_text(), re.DOTALL | re.MULTILINE).group()
-    blocks = re.findall(r"^```py(?:thon)?\n(.*?)^```", section, re.DOTALL | re.MULTILINE)
-    assert len(blocks) == 2
-    namespace = {"__name__": "page"}
-    for block in blocks:
-        exec(block, namespace)
-    assert (tmp_path / "classifier.onnx").exists()
-    check_onnx(namespace["program"], namespace["classifier"], size=32)
+    from onnx.reference import ReferenceEvaluator
+
+    program = torch.onnx.export(model, (torch.randn(4, 8),), dynamo=True, dynamic_shapes=shapes, verbose=False)
+    evaluator = ReferenceEvaluator(program.model_proto)
+    for count in (1, 7, 300):
+        x = torch.randn(count, 8)
+        (logits,) = evaluator.run(None, {"x": x.numpy()})
+        torch.testing.assert_close(torch.tensor(logits), model(x).detach(), atol=1e-4, rtol=1e-4)

@@ -5,20 +5,13 @@ Stands in for a GPU: the meta device, whose tensors hold no values, so that what
 
 import pytest
 import torch
-from pytorch_metric_learning import distances
+from cases import make_distance
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from pml_multiproxy import MultiProxyEntropyLoss, ProxyEntropyRegularizer, _autocast
+from pml_multiproxy import MultiProxyEntropyLoss, ProxyEntropyRegularizer
+from pml_multiproxy._analytic import products
 from pml_multiproxy._analytic.poolings import POOLINGS
-
-DISTANCES = (
-    distances.CosineSimilarity(),
-    distances.DotProductSimilarity(normalize_embeddings=False),
-    distances.LpDistance(),
-    distances.SNRDistance(),
-)
-RESEEDED_AND_REGULARIZED = {"reseed_below": 0.01, "weight_regularizer": ProxyEntropyRegularizer(3)}
 
 
 class OnlyOnMeta(TorchDispatchMode):
@@ -31,33 +24,38 @@ class OnlyOnMeta(TorchDispatchMode):
         return result
 
 
-@pytest.fixture(params=[False, True], ids=["full precision", "autocast"])
-def autocast(request, monkeypatch):
-    """That of the meta device, which PyTorch has not."""
-    if request.param:
-        monkeypatch.setattr(_autocast, "current", lambda device_type: _autocast.Autocast(device_type, torch.bfloat16))
+def check(distance="cosine", **options):
+    for per_chunk in (None, 7):
+        options |= {"distance": make_distance(distance), "classes_per_chunk": per_chunk}
+        loss_func = MultiProxyEntropyLoss(20, 6, 3, **options).to("meta")
+        embeddings = torch.empty(10, 6, device="meta", requires_grad=True)
+        labels = torch.empty(10, dtype=torch.long, device="meta")
+        with OnlyOnMeta():
+            loss_func(embeddings, labels).backward()
+            loss_func(embeddings, labels).backward()
+        assert embeddings.grad.is_meta
+        assert loss_func.proxies.grad.is_meta
 
 
-@pytest.mark.parametrize("options", [{}, RESEEDED_AND_REGULARIZED], ids=["defaults", "reseeding, regularizer"])
-@pytest.mark.parametrize("per_chunk", [None, 7])
 @pytest.mark.parametrize("pooling", POOLINGS)
-@pytest.mark.parametrize("distance", DISTANCES, ids=lambda distance: type(distance).__name__)
-@pytest.mark.usefixtures("autocast")
-def test_a_step_looks_at_no_value(distance, pooling, per_chunk, options):
-    loss_func = MultiProxyEntropyLoss(
-        20, 6, 3, distance=distance, pooling=pooling, classes_per_chunk=per_chunk, **options
-    ).to("meta")
-    embeddings = torch.empty(9, 6, device="meta", requires_grad=True)
-    labels = torch.empty(9, dtype=torch.long, device="meta")
-    with OnlyOnMeta():
-        loss_func(embeddings, labels).backward()
-    assert embeddings.grad.is_meta
-    assert loss_func.proxies.grad.is_meta
+@pytest.mark.parametrize("distance", ["cosine", "dot product", "L2", "SNR"])
+def test_a_step_looks_at_no_value(distance, pooling):
+    check(distance, pooling=pooling)
 
 
-@pytest.mark.parametrize(
-    "look", [float, bool, torch.nonzero, torch.unique, torch.bincount, lambda x: x[x > 0], torch.Tensor.cpu]
-)
-def test_looking_at_a_value_would_show(look):
-    with OnlyOnMeta(), pytest.raises((AssertionError, NotImplementedError, RuntimeError)):
-        look(torch.empty((), dtype=torch.long, device="meta").expand(1))
+def test_nor_under_autocast(monkeypatch):
+    """The meta device has no autocast of its own."""
+    monkeypatch.setattr(products, "autocast_dtype", lambda device_type: torch.bfloat16)
+    check()
+
+
+@pytest.mark.parametrize("options", [{"weight_regularizer": ProxyEntropyRegularizer(3)}, {"views": 2}], ids=str)
+def test_nor_with_more_terms(options):
+    check(**options)
+
+
+def test_looking_at_a_value_would_show():
+    looks = (float, bool, torch.nonzero, torch.unique, torch.bincount, lambda x: x[x > 0], torch.Tensor.cpu)
+    for look in looks:
+        with OnlyOnMeta(), pytest.raises((AssertionError, NotImplementedError, RuntimeError)):
+            look(torch.empty((), dtype=torch.long, device="meta").expand(1))

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 from dataset_folders import cars196, cub200, stanford_online_products
-from pml_multiproxy._statistics import Statistics
+
+from pml_multiproxy._monitor import Statistics
 
 ROOT = Path(__file__).parent.parent
 EXAMPLE = ROOT / "examples" / "powerful_benchmarker"

@@ -1,9 +1,14 @@
 """Settings that travel with the state: files, state dicts, print."""
 
 import copy
+import errno
 import io
+import os
 import pickle
 import re
+import signal
+import subprocess
+import sys
 import warnings
 from enum import Enum
 from pathlib import Path
@@ -11,25 +16,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from cases import DISTANCES, make_distance
+from cases import make_distance
 from pytorch_metric_learning import reducers, regularizers
-from torch.nn.utils import parametrizations, parametrize
 
 from pml_multiproxy import MultiProxyEntropyLoss
 
 SETTINGS = {"scale": 7.0, "pooling": "softmax", "temperature": 0.3, "views": 2, "classes_per_chunk": 2, "margin": 0.1}
-
 EARLIER_SETTINGS = {
-    "scale": 7.0,
-    "margin": 0.1,
-    "pooling": "logsumexp",
-    "temperature": 0.3,
-    "intra_weight": 0.4,
-    "inter_weight": 0.1,
-    "balance_weight": 0.6,
-    "usage_momentum": 0.8,
-    "reseed_below": 0.05,
-    "classes_per_chunk": 2,
+    **{"scale": 7.0, "margin": 0.1, "pooling": "logsumexp", "temperature": 0.3, "usage_momentum": 0.8},
+    **{"intra_weight": 0.4, "inter_weight": 0.1, "balance_weight": 0.6, "classes_per_chunk": 2},
 }
 """Those of data/state_dict."""
 
@@ -39,105 +34,96 @@ def path(tmp_path):
     return tmp_path / "loss.pt"
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("distance", DISTANCES)
+@pytest.mark.parametrize(
+    ("distance", "dtype"),
+    [("cosine", torch.float16), ("cosine", torch.float32), ("L1 squared", torch.float32), ("SNR", torch.float64)],
+    ids=str,
+)
 def test_a_file_holds_all_that_matters(distance, dtype, path):
     loss_func = MultiProxyEntropyLoss(3, 8, 4, distance=make_distance(distance), **SETTINGS).to(dtype)
     embeddings, labels = torch.randn(8, 8, requires_grad=True), torch.tensor([0, 1, 2, 0]).repeat(2)
     loss_func(embeddings, labels)  # which moves the usage
     loss_func.save(path)
-    loaded = MultiProxyEntropyLoss.load(path, distance=make_distance(distance))
+    loaded = MultiProxyEntropyLoss.load(str(path), distance=make_distance(distance))
     assert loaded.settings() == loss_func.settings()
     assert loaded.proxies.dtype == dtype
     assert all(value.equal(loaded.state_dict()[name]) for name, value in loss_func.state_dict().items())
     for _ in range(2):
         assert loaded(embeddings, labels).equal(loss_func(embeddings, labels))
+    assert MultiProxyEntropyLoss.load(path, "meta", distance=make_distance(distance)).proxies.is_meta
 
 
-def test_what_a_file_cannot_hold_must_be_given_as_it_was(path):
-    MultiProxyEntropyLoss(3, 8, distance=make_distance("L2"), reducer=reducers.SumReducer()).save(path)
-    for wrong in ({}, {"distance": make_distance("L1 squared")}):
-        with pytest.raises(ValueError, match=r"distance must be the one that was saved, LpDistance .*, got "):
-            MultiProxyEntropyLoss.load(path, **wrong)
-    with pytest.raises(ValueError, match="reducer must be the one that was saved, SumReducer"):
-        MultiProxyEntropyLoss.load(path, distance=make_distance("L2"))
-    with pytest.raises(ValueError, match=re.escape("scale is in the file as 10.0, got 3: set it after loading")):
-        MultiProxyEntropyLoss.load(path, scale=3)
-
-
-@pytest.mark.parametrize("prepare", ["eval", "requires_grad_", "record"])
-def test_how_a_module_was_used_is_no_setting_of_it(prepare, path, batch):
-    """Mode, gradients and what PML records are not what was saved."""
-    options = {"collect_stats": True} if prepare == "record" else {}
-    reducer = reducers.AvgNonZeroReducer(**options)
-    loss_func = MultiProxyEntropyLoss(3, 8, reducer=reducer, distance=make_distance("L2"), **options)
-    if prepare == "record":
-        loss_func(*batch).backward()
-    else:
-        getattr(loss_func, prepare)()
+@pytest.mark.parametrize("changed", [False, True])
+def test_a_file_holds_how_the_loss_is_used(changed, path):
+    loss_func = MultiProxyEntropyLoss(3, 8, collect_stats=changed)
+    loss_func.train(not changed).proxies.requires_grad_(not changed)
     loss_func.save(path)
-    loaded = MultiProxyEntropyLoss.load(path, distance=make_distance("L2"), reducer=reducers.AvgNonZeroReducer())
-    assert loaded.eval()(*batch).equal(loss_func.eval()(*batch))
+    loaded = MultiProxyEntropyLoss.load(path)
+    assert loaded.training == (not changed)
+    assert loaded.proxies.requires_grad == (not changed)
+    assert loaded.collect_stats == changed
 
 
-def test_what_torch_keeps_in_a_module_is_not_in_the_file(path):
-    """Another version of it may call that by other names."""
-    MultiProxyEntropyLoss(3, 8).save(path)
-    described = torch.load(path, weights_only=True)["modules"]
-    assert not [name for name in vars(torch.nn.Module()) if repr(name) in str(described)]
+REDUCERS = {
+    "DivisorReducer": reducers.DivisorReducer,
+    "ClassWeightedReducer": lambda: reducers.ClassWeightedReducer(torch.tensor([1, 2, 3], dtype=torch.float64)),
+    "ThresholdReducer": lambda: reducers.ThresholdReducer(low=1, collect_stats=True),
+    "MultipleReducers": lambda: reducers.MultipleReducers({"loss": reducers.SumReducer()}),
+}
 
 
-def test_the_weights_of_regularizers_are_in_the_file(path, batch):
-    made = {"weight_regularizer": regularizers.ZeroMeanRegularizer, "embedding_regularizer": regularizers.LpRegularizer}
+@pytest.mark.parametrize("name", REDUCERS)
+def test_a_used_reducer_may_be_given_again_or_made_anew(name, path, batch):
+    reducer = REDUCERS[name]()
+    loss_func = MultiProxyEntropyLoss(3, 8, reducer=reducer)
+    loss_func(*batch).backward()
+    loss_func.save(path)
+    for same in (reducer, REDUCERS[name](), copy.deepcopy(loss_func.reducer)):
+        loaded = MultiProxyEntropyLoss.load(path, reducer=same)
+        assert loaded.eval()(*batch).equal(loss_func.eval()(*batch))
+
+
+def test_what_a_file_cannot_hold_must_be_given_again(path, batch):
+    made = {"distance": lambda: make_distance("L2"), "reducer": reducers.SumReducer}
+    made |= {"weight_regularizer": regularizers.ZeroMeanRegularizer}
+    made |= {"embedding_regularizer": regularizers.LpRegularizer}
     weights = {"weight_reg_weight": 0.01, "embedding_reg_weight": 0.2}
     loss_func = MultiProxyEntropyLoss(3, 8, **{name: make() for name, make in made.items()}, **weights)
     loss_func.save(path)
     loaded = MultiProxyEntropyLoss.load(path, **{name: make() for name, make in made.items()})
     assert {name: getattr(loaded, name) for name in weights} == weights
     assert loaded(*batch).equal(loss_func(*batch))
+    with pytest.raises(ValueError, match=re.escape("scale is in the file as 10.0, got 3: set it after loading")):
+        MultiProxyEntropyLoss.load(path, scale=3)
 
 
-def test_parametrized_proxies_are_refused(path):
-    loss_func = MultiProxyEntropyLoss(3, 8, proxies_per_class=2)
-    parametrizations.orthogonal(loss_func, "proxies")
-    with pytest.raises(ValueError, match=r"proxies must be a parameter .* got a parametrization"):
-        loss_func.save(path)
-    assert not path.exists()
-    parametrize.remove_parametrizations(loss_func, "proxies")
-    loss_func.save(path)
-    assert MultiProxyEntropyLoss.load(path).proxies.equal(loss_func.proxies)
-
-
-class Scaled(reducers.MeanReducer):
-    def __init__(self, values):
-        super().__init__()
-        self.values = values
+REGULARIZED = {"embedding_regularizer": regularizers.LpRegularizer()}
+TWO_REDUCERS = pytest.mark.xfail(reason="PML wraps the reducer, so that only the wrapper is compared", strict=True)
 
 
 @pytest.mark.parametrize(
-    ("make", "saved", "wrong"),
+    ("name", "saved", "wrong", "others"),
     [
-        (reducers.ClassWeightedReducer, torch.tensor([1.0, 2.0, 3.0]), torch.tensor([3.0, 2.0, 1.0])),
-        (reducers.MultipleReducers, {"loss": reducers.SumReducer()}, {"loss": reducers.MeanReducer()}),
-        (reducers.MultipleReducers, {"loss": reducers.ThresholdReducer(1)}, {"loss": reducers.ThresholdReducer(2)}),
-        (Scaled, (1.0, [2]), (1.0, [3])),
-        (Scaled, {"a": np.arange(3)}, {"a": np.ones(3, dtype=int)}),
-        (Scaled, np.float64(2), 3.0),
+        ("distance", make_distance("L2"), make_distance("SNR"), {}),
+        ("reducer", reducers.SumReducer(), reducers.DivisorReducer(), {}),
+        pytest.param("reducer", reducers.SumReducer(), reducers.DivisorReducer(), REGULARIZED, marks=TWO_REDUCERS),
+        ("weight_regularizer", regularizers.LpRegularizer(), regularizers.RegularFaceRegularizer(), {}),
+        ("embedding_regularizer", regularizers.LpRegularizer(), regularizers.ZeroMeanRegularizer(), {}),
     ],
-    ids=["tensor", "module", "setting of a module", "tuple", "array", "number of numpy"],
 )
-def test_what_a_module_is_made_of_must_be_as_it_was(make, saved, wrong, path):
-    MultiProxyEntropyLoss(3, 8, reducer=make(saved)).save(path)
-    MultiProxyEntropyLoss.load(path, reducer=make(saved))
-    with pytest.raises(ValueError, match=f"reducer must be the one that was saved, {make.__name__}"):
-        MultiProxyEntropyLoss.load(path, reducer=make(wrong))
+def test_what_is_forgotten_or_of_another_class_is_refused(name, saved, wrong, others, path):
+    MultiProxyEntropyLoss(3, 8, **{name: saved}, **others).save(path)
+    MultiProxyEntropyLoss.load(path, **{name: saved}, **others)
+    for arguments in ({}, {name: wrong}):
+        with pytest.raises(ValueError, match="must be of the class that was saved"):
+            MultiProxyEntropyLoss.load(path, **arguments, **others)
 
 
 class Pooling(str, Enum):
     MAX = "max"
 
 
-@pytest.mark.parametrize("temperature", [np.float64(0.25), np.array(0.25), torch.tensor(0.25)], ids=repr)
+@pytest.mark.parametrize("temperature", [np.float64(0.25), np.float32(0.25)], ids=repr)
 def test_settings_are_plain(temperature, path):
     """A schedule sets them to whatever it computes with; with those, a state dict would not load any more."""
     loss_func = MultiProxyEntropyLoss(3, 8, 4, pooling=Pooling.MAX, scale=np.float32(20))
@@ -153,25 +139,89 @@ def test_settings_are_plain(temperature, path):
         other.load_state_dict(torch.load(file, weights_only=True))
 
 
-def test_other_files_are_refused(path):
-    torch.save(MultiProxyEntropyLoss(3, 8).state_dict(), path)
-    with pytest.raises(ValueError, match=r"path must name a file that MultiProxyEntropyLoss\.save wrote"):
-        MultiProxyEntropyLoss.load(path)
-    torch.save({"format": 99}, path)
-    with pytest.raises(ValueError, match="of format 99"):
-        MultiProxyEntropyLoss.load(path)
-    path.write_bytes(pickle.dumps(print, protocol=2))
-    with pytest.raises(pickle.UnpicklingError):
-        MultiProxyEntropyLoss.load(path)
+FOREIGN = {
+    "empty": lambda whole: b"",
+    "half": lambda whole: whole[: len(whole) // 2],
+    "without its end": lambda whole: whole[:-10],
+    "text": lambda whole: b"not a file of torch",
+    "code": lambda whole: pickle.dumps(print, protocol=2),
+    "state dict": lambda whole: saved_bytes(MultiProxyEntropyLoss(3, 8).state_dict()),
+    "another format": lambda whole: saved_bytes({"format": 99}),
+    "list": lambda whole: saved_bytes([1]),
+    "tensor": lambda whole: saved_bytes(torch.ones(2)),
+}
+OF_TORCH = pytest.mark.xfail(reason="torch raises an OSError of its own, which passes through", strict=True)
 
 
-@pytest.mark.parametrize("wrong", [3, None, torch.ones(2)], ids=str)
-def test_what_is_no_path_is_refused(wrong):
-    message = re.escape(f"path must be a str or a pathlib.Path, got {type(wrong).__name__}")
-    with pytest.raises(TypeError, match=message):
-        MultiProxyEntropyLoss(3, 8).save(wrong)
-    with pytest.raises(TypeError, match=message):
-        MultiProxyEntropyLoss.load(wrong)
+def saved_bytes(contents):
+    file = io.BytesIO()
+    torch.save(contents, file)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=OF_TORCH) if kind == "without its end" else kind for kind in FOREIGN]
+)
+def test_other_files_are_refused(kind, path):
+    MultiProxyEntropyLoss(3, 8).save(path)
+    path.write_bytes(FOREIGN[kind](path.read_bytes()))
+    with pytest.raises(ValueError, match=r"path must name a (whole file that|file of format 2)"):
+        MultiProxyEntropyLoss.load(path)
+    with pytest.raises(FileNotFoundError):
+        MultiProxyEntropyLoss.load(path.with_name("missing.pt"))
+
+
+OVERWRITE = """
+import os, signal, sys, torch
+from pml_multiproxy import MultiProxyEntropyLoss
+path, dies_at = sys.argv[1:]
+loss_func = MultiProxyEntropyLoss(3, 8, scale=20)
+
+def die(*args, **kwargs):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def half(contents, file):
+    save(contents, file)
+    file.truncate(file.tell() // 2)
+    file.flush()
+    die()
+
+save = torch.save
+if dies_at == "half a file":
+    torch.save = half
+else:
+    setattr(os, dies_at, die)
+loss_func.save(path)
+"""
+
+
+@pytest.mark.parametrize("dies_at", ["half a file", "fsync", "replace"])
+def test_a_killed_process_leaves_the_old_file(dies_at, path):
+    MultiProxyEntropyLoss(3, 8, scale=5).save(path)
+    before = path.read_bytes()
+    result = subprocess.run([sys.executable, "-c", OVERWRITE, str(path), dies_at])
+    assert result.returncode == -signal.SIGKILL
+    assert path.read_bytes() == before
+    assert MultiProxyEntropyLoss.load(path).scale == 5
+
+
+def test_a_full_disk_leaves_the_old_file_and_no_other(path, monkeypatch):
+    loss_func = MultiProxyEntropyLoss(3, 8, scale=5)
+    loss_func.save(path)
+    for module, name in ((torch, "save"), (os, "fsync"), (os, "replace")):
+
+        def full(*args, **kwargs):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        with monkeypatch.context() as patched:
+            patched.setattr(module, name, full)
+            with pytest.raises(OSError, match="No space left"):
+                MultiProxyEntropyLoss(3, 8, scale=20).save(path)
+        assert [file.name for file in path.parent.iterdir()] == ["loss.pt"]
+        assert MultiProxyEntropyLoss.load(path).scale == 5
+    MultiProxyEntropyLoss(3, 8, scale=20).save(path)
+    assert [file.name for file in path.parent.iterdir()] == ["loss.pt"]
+    assert MultiProxyEntropyLoss.load(path).scale == 20
 
 
 def test_a_state_of_other_settings_says_so(path):
@@ -201,12 +251,6 @@ def test_a_state_of_an_earlier_version_loads():
     torch.testing.assert_close(loss_func.proxy_usage, expected["usage_after"])
 
 
-def test_print_shows_the_settings():
-    text = repr(MultiProxyEntropyLoss(3, 8, 4, scale=20, views=2))
-    for words in ("num_classes=3", "proxies_per_class=4", "scale=20.0", "pooling='", "views=2", "CosineSimilarity"):
-        assert words in text
-
-
 def test_usage_group_world_is_resolved_at_first_use(batch):
     """Before there is a process group, and with none at all; copies and pickles of it work."""
     loss_func, alone = MultiProxyEntropyLoss(3, 8, 4, usage_group="world"), MultiProxyEntropyLoss(3, 8, 4)
@@ -214,10 +258,12 @@ def test_usage_group_world_is_resolved_at_first_use(batch):
     for same in (loss_func, copy.deepcopy(loss_func), pickle.loads(pickle.dumps(loss_func))):
         assert same.usage_group == "world"
     assert loss_func(*batch).equal(alone(*batch))
-    store = torch.distributed.HashStore()
-    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
         assert loss_func(*batch).equal(alone(*batch))
         assert copy.deepcopy(loss_func)(*batch).equal(alone(*batch))
+        loss_func.usage_group = torch.distributed.group.WORLD
+        with pytest.raises(TypeError, match="can be neither copied nor pickled"):
+            copy.deepcopy(loss_func)
     finally:
         torch.distributed.destroy_process_group()

@@ -63,7 +63,7 @@ def main(argv=None):
         if distributed.get_rank() == 0:
             print(f"epoch {epoch}: MAP@R {map_at_r(network):.1f}", flush=True)
     # Gloo's threads end with the group, if nothing holds it. One that is left may abort the process as Python ends, or
-    # hang when the group is collected later: both are PyTorch's, and docs/several_processes.md says more.
+    # hang when the group is collected later: both are PyTorch's, and docs/training.md says more.
     gc.collect()  # DistributedDataParallel, which holds the group and is in a cycle
     distributed.barrier()  # the first process is still testing: do not end the group under it
     distributed.destroy_process_group()

@@ -48,13 +48,14 @@ class ShardedMultiProxyEntropyLoss(MultiProxyEntropyLoss):
     Arguments that are not listed are those of the ordinary loss.
 
     Args:
-        num_classes: :math:`C`, of all ranks. ``DTensor`` gives each of :math:`R` ranks
-            :math:`\lceil C / R \rceil` classes until none are left: with 9 classes, 4 ranks hold 3, 3, 3 and none.
+        *args: ``num_classes`` (:math:`C`, of all ranks), ``embedding_size`` and ``proxies_per_class``. ``DTensor``
+            gives each of :math:`R` ranks :math:`\lceil C / R \rceil` classes until none are left: with 9 classes,
+            4 ranks hold 3, 3, 3 and none.
         process_group: a ``torch.distributed.ProcessGroup``; ``None``: all processes. All its ranks have to call the
             loss together, with the same settings and dtype of embeddings, and all in training or none.
-        classes_per_chunk: as in the ordinary loss, of the classes of the rank.
-        **kwargs: as in the ordinary loss. ``weight_regularizer`` has to be ``None``, since it would have to see all
-            proxies, and ``usage_group``, since every rank sees all samples. The ``distance`` must not learn.
+        **kwargs: as in the ordinary loss; ``classes_per_chunk`` counts the classes of the rank. ``weight_regularizer``
+            has to be ``None``, since it would have to see all proxies, and ``usage_group``, since every rank sees all
+            samples. The ``distance`` must not learn.
 
     Attributes:
         classes: the range of classes that this rank holds.

@@ -104,8 +104,8 @@ class MultiProxyEntropyLoss(ProxyLoss):
             ``torch.distributed.ProcessGroup``, or ``"world"`` for the default group, which need not exist before the
             first call. ``None``: each process keeps the usage of its own batches. Every process of the group has to
             call the loss as often as the others, all in training or none; one that has no samples calls it with none.
-            With equal local batches, the mean as reducer and no miner, the result is that of one process with the
-            whole batch.
+            With equal local batches, the mean as reducer, no miner and no neighbour term, the result is that of one
+            process with the whole batch. The neighbour term contrasts the samples of each process on their own.
         views: :math:`V`, at least 1: how many views of each sample a batch holds, see above.
         classes_per_chunk: how many classes to hold in memory at a time. The result is the same: fewer take less memory,
             and more time in backward, which then computes similarities once more. ``None``: all, while their

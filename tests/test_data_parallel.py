@@ -120,7 +120,7 @@ def test_process_group_is_neither_copied_nor_pickled(group):
 
 @on(4)
 def test_pml_wrapper_inside_data_parallel_multiplies_the_proxies_gradient(group):
-    """As docs/several_processes.md warns."""
+    """As docs/training.md warns."""
     rank, size = distributed.get_rank(group), distributed.get_world_size(group)
     assert size == distributed.get_world_size()  # PML's wrapper knows no other group
     one = Model(make_loss()).double().eval()

@@ -1,4 +1,4 @@
-"""What docs/several_processes.md and examples/train_sharded.py tell users to do."""
+"""What docs/training.md and examples/train_sharded.py tell users to do."""
 
 import re
 import sys

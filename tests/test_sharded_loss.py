@@ -215,7 +215,7 @@ def test_arguments_that_cannot_be_are_refused(group):
     for settings, error, message in [
         ({"usage_group": group}, ValueError, "usage_group must be None for proxies that are spread over processes"),
         ({"weight_regularizer": regularizers.RegularFaceRegularizer()}, ValueError, "weight_regularizer must be None"),
-        ({"process_group": 4}, TypeError, r"process_group must be None or a torch\.distributed\.ProcessGroup"),
+        ({"process_group": 4}, TypeError, r"process_group must be None or a ProcessGroup"),
     ]:
         with pytest.raises(error, match=message):
             ShardedMultiProxyEntropyLoss(8, SIZE, **{"process_group": group, **settings})
@@ -229,7 +229,7 @@ def test_arguments_that_cannot_be_are_refused(group):
         with pytest.raises(ValueError, match="all classes"):
             needs_all()
     for make_copy in (copy.deepcopy, pickle.dumps):
-        with pytest.raises(TypeError, match="can be neither copied nor pickled"):
+        with pytest.raises(TypeError, match="neither copied nor pickled"):
             make_copy(loss_func)
     with pytest.raises(ValueError, match="must stay on the kind of device that they were made on, cpu, got meta"):
         loss_func.to("meta")

@@ -97,7 +97,7 @@ def main(argv=None):
             f"MAP@R {map_at_r(trained.network):.1f}, proxies {trained.loss_func.proxies.double().sum():.9f}", flush=True
         )
     distributed.barrier()
-    distributed.destroy_process_group()  # a cache of PyTorch's DTensor holds it still: see docs/several_processes.md
+    distributed.destroy_process_group()  # a cache of PyTorch's DTensor holds it still: see docs/training.md
 
 
 if __name__ == "__main__":

@@ -96,6 +96,23 @@ def test_distances_that_learn_are_refused_where_classes_are_streamed():
         torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_large_similarities_do_not_swallow_the_temperature(pooling):
+    """In float32, streamed and dense are as near to float64 as each other."""
+    errors = {2: 0.0, None: 0.0}
+    for seed, per_chunk in [(seed, per_chunk) for seed in range(5) for per_chunk in errors]:
+        torch.manual_seed(seed)
+        options = {"distance": make_distance("dot product"), "pooling": pooling, "scale": 1, "temperature": 1}
+        loss_func, (_, labels) = make(classes_per_chunk=per_chunk, **options).float().eval(), batch()
+        embeddings = (300 * torch.nn.functional.normalize(torch.randn(8, 6))).requires_grad_()
+        got = gradients(loss_func, embeddings, labels)
+        with computed_by("autograd"):
+            exact = gradients(loss_func.double(), embeddings.detach().double().requires_grad_(), labels)
+        errors[per_chunk] += max((a - b).abs().max() / b.abs().max() for a, b in zip(got, exact, strict=True))
+    assert errors[2] <= 2 * errors[None] + 1e-5
+    assert errors[None] <= 2 * errors[2] + 1e-5
+
+
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_activation_checkpointing_around_the_loss_is_refused_in_training(reentrant):
     loss_func, (embeddings, labels) = make(), batch()

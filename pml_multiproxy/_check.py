@@ -184,7 +184,7 @@ def indices_tuple(value: object, batch_size: int) -> tuple[Tensor, ...] | None:
 
 def views(labels: Tensor, count: int, look: bool) -> None:
     """Whether a batch consists of so many blocks; ``look``: and whether these have equal labels."""
-    if len(labels) % count:
+    if len(labels) % positive_int("views", count):
         raise ValueError(f"the batch must be views = {count} blocks of equal length, got {len(labels)} embeddings")
     blocks = labels.view(count, len(labels) // count)
     if look and not blocks.equal(blocks[:1].expand_as(blocks)):

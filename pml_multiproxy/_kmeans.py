@@ -39,7 +39,8 @@ def start_(proxies: Tensor, usage: Tensor, embeddings: Tensor, labels: Tensor, d
         samples = points[places == place]
         found = torch.from_numpy(_centroids(samples.cpu().numpy(), proxies.shape[1])).to(points)
         if distance.normalize_embeddings:  # opposite samples have no mean direction
-            found = functional.normalize(torch.where(found.any(dim=1, keepdim=True), found, samples[0]))
+            has_direction = found.norm(dim=1, keepdim=True) > 1e-6
+            found = functional.normalize(torch.where(has_direction, found, samples[0]))
         centroids[place] = found
     own = _nearest.to_target(distance, embeddings, places, centroids)
     if not own.isfinite().all():

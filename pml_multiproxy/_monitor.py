@@ -94,5 +94,5 @@ class UntrainedProxies:
                 "no optimizer. Give loss_func.parameters() to one, in PML's trainers as metric_loss_optimizer; or "
                 "freeze them with loss_func.proxies.requires_grad_(False). If you accumulate gradients over more calls "
                 "than that, ignore this",
-                stacklevel=4,
+                stacklevel=6,
             )

@@ -33,8 +33,9 @@ class ProxyLoss(WeightRegularizerMixin, BaseMetricLossFunction):  # type: ignore
 
     def reduced(self, loss_dict: dict[str, dict[str, Any]], embeddings: Tensor, labels: Tensor) -> Tensor:
         """The scalar that PML's losses return, or what another reducer makes of it."""
-        with without_autocast(embeddings.device.type):
-            self.add_embedding_regularization_to_loss_dict(loss_dict, embeddings)
+        if len(embeddings):
+            with without_autocast(embeddings.device.type):
+                self.add_embedding_regularization_to_loss_dict(loss_dict, embeddings)
         loss: Tensor = self.reducer(loss_dict, embeddings, labels)
         return loss
 

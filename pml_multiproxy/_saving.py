@@ -10,7 +10,7 @@ import torch
 FORMAT = 2
 """Number of the file's format."""
 
-MODULES = ("distance", "reducer", "embedding_regularizer", "weight_regularizer")
+MODULES = ("distance", "embedding_regularizer", "weight_regularizer", "reducer")
 """Parts of a loss that a file cannot hold; it holds the names of their classes."""
 
 
@@ -30,19 +30,20 @@ def write(path: str | Path, contents: dict[str, Any]) -> None:
 
 def read(path: str | Path, map_location: Any) -> dict[str, Any]:
     """What :func:`write` wrote; runs no code of the file."""
-    try:
-        contents = torch.load(path, map_location=map_location, weights_only=True)
-        if contents["format"] == FORMAT:
-            return dict(contents)
-    except OSError:
-        raise
-    except Exception as error:
-        raise ValueError(f"path must name a whole file that MultiProxyEntropyLoss.save wrote, got {path}") from error
+    with open(path, "rb") as file:
+        try:
+            contents = torch.load(file, map_location=map_location, weights_only=True)
+            if contents["format"] == FORMAT and contents["state"]:
+                return dict(contents)
+        except Exception as error:  # torch has many for damaged files
+            raise ValueError(f"path must name a whole file of MultiProxyEntropyLoss.save, got {path}") from error
     raise ValueError(f"path must name a file of format {FORMAT}, got {path} of format {contents['format']}")
 
 
 def names_of_modules(loss_func: torch.nn.Module) -> dict[str, str]:
-    return {name: type(getattr(loss_func, name)).__name__ for name in MODULES}
+    """The classes of the parts; PML may have wrapped a reducer in others."""
+    parts = {name: getattr(loss_func, name) or torch.nn.Identity() for name in MODULES}
+    return {name: " ".join(type(module).__name__ for module in part.modules()) for name, part in parts.items()}
 
 
 def warn_of_other_settings(recorded: dict[str, Any], settings: dict[str, Any]) -> None:

@@ -3,14 +3,11 @@
 import ast
 from pathlib import Path
 
-import pytest
-
 import pml_multiproxy
 
 PACKAGE = Path(pml_multiproxy.__file__).parent
 PUBLIC = {"distances", "losses", "miners", "reducers", "regularizers"}
 INNER_NAMES = {"_record_these_stats", "lmu", "c_f", "loss_and_miner_utils", "common_functions"}
-KNOWN = {"views.py": "takes to_numpy from PML's utils", "visualize.py": "names _record_these_stats"}
 
 
 def faults(source):
@@ -30,12 +27,8 @@ def faults(source):
     return found
 
 
-@pytest.mark.parametrize("names", [KNOWN, None], ids=["known", "others"])
-def test_only_one_file_knows_the_inner_parts_of_pml(names, request):
-    files = [str(path.relative_to(PACKAGE)) for path in PACKAGE.rglob("*.py") if path.name != "_pml.py"]
-    if names:
-        request.applymarker(pytest.mark.xfail(reason=str(KNOWN), strict=True))
-    found = {file: faults((PACKAGE / file).read_text()) for file in files if (file in KNOWN) == bool(names)}
+def test_only_one_file_knows_the_inner_parts_of_pml():
+    found = {path.name: faults(path.read_text()) for path in PACKAGE.rglob("*.py") if path.name != "_pml.py"}
     assert not {file: wrong for file, wrong in found.items() if wrong}
 
 

@@ -188,7 +188,7 @@ def test_lengths_that_the_distance_cannot_hold():
     message = re.escape("embeddings must be small enough for LpDistance in torch.float32, got values up to ")
     with pytest.raises(ValueError, match=message):
         loss_func.init_proxies(embeddings * 1e25, labels)
-    with pytest.raises(ValueError, match=re.escape("whose distances to proxies in torch.float16 overflow")):
+    with pytest.raises(ValueError, match="embeddings must be small enough"):
         loss_func.half().init_proxies(embeddings * 1e18, labels)
     for name, value in loss_func.state_dict().items():
         assert value.equal(before[name].to(value.dtype)), name
@@ -205,10 +205,7 @@ def test_embeddings_without_a_direction_are_left_out():
     assert loss_func.proxies[2].equal(before.proxies[2])
 
 
-TINY_MEAN = pytest.mark.xfail(reason="the mean of opposite samples is tiny, but not exactly zero", strict=True)
-
-
-@pytest.mark.parametrize("per_class", [pytest.param(1, marks=TINY_MEAN), 2, 3])
+@pytest.mark.parametrize("per_class", [1, 2, 3])
 def test_opposite_samples_give_proxies_of_unit_length(per_class):
     for pairs in (1, 5):
         directions = normalize(torch.randn(pairs, 8))

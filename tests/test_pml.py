@@ -245,7 +245,6 @@ def test_empty_batch(name):
         assert gradient.eq(0).all()
 
 
-@pytest.mark.xfail(reason="PML's embedding regularizers take the mean of nothing", strict=True)
 def test_empty_batch_with_an_embedding_regularizer():
     loss, gradient = empty_loss_and_gradients(embedding_regularizer=regularizers.LpRegularizer())
     assert loss == 0

@@ -98,7 +98,7 @@ class Stream(IterableDataset):
 
 
 @pytest.mark.parametrize(
-    ("dataset", "got"), [(AsDict(), "a dict of 3"), (Triples(), "a tuple of 3"), ([0.5], "a float"), (["ab"], "a str")]
+    ("dataset", "got"), [(AsDict(), "a dict"), (Triples(), "a tuple"), ([0.5], "a float"), (["ab"], "a str")]
 )
 def test_items_that_are_not_data_and_label(dataset, got):
     with pytest.raises(TypeError, match=f"must be \\(data, label\\), got {got}: give a data_and_label_getter"):
@@ -107,9 +107,11 @@ def test_items_that_are_not_data_and_label(dataset, got):
 
 def test_errors():
     for dataset in (Stream(), {1, 2}, iter([])):
-        with pytest.raises(TypeError, match=f"dataset must be map-style.*got {type(dataset).__name__}"):
+        with pytest.raises(
+            TypeError, match=f"dataset must have __len__ and __getitem__, got a {type(dataset).__name__}"
+        ):
             ViewsDataset(dataset, 2)
-    message = "labels must be the same for all views of a sample, got 1 and 0 from two draws of dataset[3]"
+    message = "labels must be the same for all draws of dataset[3], got ["
     with pytest.raises(ValueError, match=re.escape(message)):
         ViewsDataset(RandomLabels(), 2)[3]
     with pytest.raises(ValueError, match="views must be an int of at least 1, got 0"):
@@ -176,8 +178,8 @@ class Elsewhere(torch.Tensor):
 
 
 def test_first_batch_is_looked_at_on_every_device():
-    """What forgets to stack views does so from the first batch on; a look at each would be a device synchronisation."""
-    loss_func, embeddings = MultiProxyEntropyLoss(3, 2, 4, views=2), torch.randn(4, 2)
+    """Forgotten views show in the first batch; looking at every batch would synchronise a device."""
+    loss_func, embeddings = MultiProxyEntropyLoss(3, 2, 4, views=2, neighbor_weight=0), torch.randn(4, 2)
     no_views, views = (torch.tensor(y).as_subclass(Elsewhere) for y in ([0, 1, 2, 1], [0, 1, 0, 1]))
     for _ in range(2):
         with pytest.raises(ValueError, match="labels must be the same in each of the views = 2 blocks"):

@@ -138,6 +138,7 @@ def draw(seed):
         "intra_weight": one_of(0.0, 0.25, 1.0),
         "inter_weight": one_of(0.0, 0.0, 0.3),
         "balance_weight": one_of(0.0, 0.5, 1.0),
+        "neighbor_weight": 0.0,  # test_neighbors.py has that term
         "usage_momentum": one_of(0.0, 0.5, 0.9, 0.99, 1.0),
         "views": views,
     }
@@ -374,7 +375,8 @@ class Expected:
 
 def is_rounded(case):
     """Whether the similarities are rounded to the dtype of autocast."""
-    return case.autocast is not None and DISTANCES[case.distance][0] is not distances.LpDistance
+    in_backward = case.autocast_backward and DISTANCES[case.distance][0] is not distances.LpDistance
+    return case.autocast is not None and (case.distance == "cosine" or in_backward)
 
 
 def size(values):

@@ -127,7 +127,7 @@ WRONG = [
     (lambda: cluster_scores(make_loss(), x, y, y - 1), "fine_labels must hold a value of at least 0"),
     (lambda: broken.get_outliers(x, y), "proxies must be finite, got NaN or infinite values"),
     (lambda: make_loss().get_outliers(x, y, threshold=181), "threshold must be a number of degrees from 0 to 180"),
-    (lambda: make_loss(distance=distances.LpDistance()).get_outliers(x, y), "distance must be PML's CosineSimilarity"),
+    (lambda: make_loss(distance=distances.LpDistance()).get_outliers(x, y), "distance must be CosineSimilarity"),
     (lambda: make_loss().soft_assign(torch.zeros(5, 7), y), "embeddings must be of shape (batch_size, 6), got (5, 7)"),
 ]
 

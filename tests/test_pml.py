@@ -146,16 +146,6 @@ def test_distances_record_the_norms_of_all_proxies_dense_and_streamed(cls, batch
         assert recorded(loss_func.distance) == pytest.approx(recorded(theirs))
 
 
-@pytest.mark.parametrize("cls", [distances.DotProductSimilarity, distances.SNRDistance])
-def test_other_distances_cannot_record_where_classes_are_streamed(cls, batch):
-    with pytest.raises(ValueError, match="collect_stats of the distance must be False where the classes are computed"):
-        MultiProxyEntropyLoss(3, 8, 4, distance=cls(collect_stats=True), classes_per_chunk=1)(*batch)
-    MultiProxyEntropyLoss(3, 8, 4, distance=cls(), classes_per_chunk=1)(*batch)
-    distance = cls(collect_stats=True)
-    MultiProxyEntropyLoss(3, 8, 4, distance=distance)(*batch)
-    assert all(recorded(distance))
-
-
 @pytest.mark.parametrize("cls", [distances.CosineSimilarity, distances.LpDistance, distances.SNRDistance])
 def test_looking_leaves_what_the_distance_recorded(cls, batch):
     loss_func = MultiProxyEntropyLoss(3, 8, 4, distance=cls(collect_stats=True))

@@ -215,7 +215,7 @@ def test_errors():
     for arguments, error, message in (
         ({"proxies_per_class": 0}, ValueError, "proxies_per_class must be an int of at least 1, got 0"),
         ({"temperature": "1"}, TypeError, "temperature must be a finite number above 0, got '1' of type str"),
-        ({"distance": raw}, ValueError, "normalize_embeddings=False: growing norms would satisfy the penalty"),
+        ({"distance": raw}, ValueError, "distance must not be a DotProductSimilarity with normalize_embeddings=False"),
     ):
         with pytest.raises(error, match=message):
             ProxyEntropyRegularizer(**{"proxies_per_class": 4, **arguments})

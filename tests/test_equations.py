@@ -101,7 +101,7 @@ def test_every_combination(distance, pooling, dtype):
 @pytest.mark.parametrize("per_chunk", [None, 2])
 @pytest.mark.parametrize("pooling", POOLINGS)
 def test_views(pooling, per_chunk):
-    for distance, views, shape in itertools.product(["cosine", "L2"], [2, 3], SHAPES):
+    for distance, views, shape in itertools.product(["cosine", "L2"], [2, 3], SHAPES[:2]):
         settings = {"views": views, "classes_per_chunk": per_chunk, "neighbor_weight": 0}
         assert_equals_reference(*make(distance, shape, pooling, **settings))
 

@@ -76,9 +76,10 @@ def check_coarse_to_fine(out, seeds):
 
 def ratio_to_the_best_peer(map_at_r):
     """Ours with two views to the best of PML's losses, which see the same views."""
-    return map_at_r[OURS, 2] / max(value for (loss, _), value in map_at_r.items() if loss != OURS)
+    return map_at_r[OURS, 2] / max(value for (loss, _), value in map_at_r.items() if loss not in (OURS, K_MEANS))
 
 
+@pytest.mark.slow
 def test_coarse_to_fine(example, tmp_path, capsys):
     example("coarse_to_fine").main(["--out", str(tmp_path), "--epochs", "1", "--seeds", "2"])
     printed = capsys.readouterr().out
@@ -94,6 +95,7 @@ def test_coarse_to_fine(example, tmp_path, capsys):
         assert list(csv_folder.parent.glob("tensorboard/events*"))
 
 
+@pytest.mark.slow
 def test_all_losses_see_the_same_views(example, monkeypatch, tmp_path):
     digits, coarse_to_fine = example("digits"), example("coarse_to_fine")
     random_view, seen = digits.random_view, []
@@ -130,13 +132,13 @@ def test_a_view_is_a_slight_change_of_its_image(example):
 def test_coarse_to_fine_reaches_what_the_readme_says(tmp_path):
     start = time.perf_counter()
     run("coarse_to_fine.py", "--out", tmp_path)
-    assert time.perf_counter() - start < 480  # within four minutes where nothing else runs
-    assert ratio_to_the_best_peer(check_coarse_to_fine(tmp_path, seeds=5)) >= 1.5
+    assert time.perf_counter() - start < 900  # a few minutes if nothing else runs
+    assert ratio_to_the_best_peer(check_coarse_to_fine(tmp_path, seeds=5)) >= 1.6
 
 
 def test_committed_result_reaches_what_the_readme_says():
     committed = check_coarse_to_fine(ROOT / "examples" / "results" / "coarse_to_fine", seeds=5)
-    assert ratio_to_the_best_peer(committed) >= 1.5
+    assert ratio_to_the_best_peer(committed) >= 1.6
 
 
 class WithoutConstants(MultiProxyEntropyLoss):

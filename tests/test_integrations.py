@@ -63,6 +63,7 @@ def check_resuming(tmp_path, recipe, processes):
     return [float(number) for number in lines[0]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_recipe_resumes_exactly(tmp_path, recipe):
     check_resuming(tmp_path, recipe, processes=1)
@@ -88,6 +89,7 @@ def text_table(printed):
     return {name: float(value) for name, value in re.findall(r"\| ([\w ]+) \| ([\d.]+) \|", printed)}
 
 
+@pytest.mark.slow
 def test_text_example(tmp_path):
     skip_without("sentence_transformers", "datasets", "accelerate")
     arguments = ["--views", "second wording as second view", "--checkpoints", tmp_path / "saved"]

@@ -191,7 +191,9 @@ loss_func.save(path)
 """
 
 
-@pytest.mark.parametrize("dies_at", ["half a file", "fsync", "replace"])
+@pytest.mark.parametrize(
+    "dies_at", ["half a file", *(pytest.param(at, marks=pytest.mark.slow) for at in ("fsync", "replace"))]
+)
 def test_a_killed_process_leaves_the_old_file(dies_at, path):
     MultiProxyEntropyLoss(3, 8, scale=5).save(path)
     before = path.read_bytes()

@@ -112,6 +112,7 @@ def test_floor_is_the_three_products(speed, row):
     torch.testing.assert_close(of_proxies, w @ x.T @ x)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
 def test_memory_is_that_of_one_step(speed, monkeypatch):
     monkeypatch.undo()

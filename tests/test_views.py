@@ -74,7 +74,7 @@ def test_last_batch():
     assert all(labels[: len(labels) // 2].equal(labels[len(labels) // 2 :]) for _, labels in batches)
 
 
-@pytest.mark.parametrize("context", ["fork", "spawn"])
+@pytest.mark.parametrize("context", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
 def test_workers_draw_different_numbers(context):
     """In each of two workers and two epochs, with the generators of torch, random and numpy."""
     samples = ViewsDataset(Noisy(4), 2)

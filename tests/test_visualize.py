@@ -333,6 +333,7 @@ PRINTED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("code", PRINTED, ids=["says what to install", "leaves the backend alone"])
 def test_import_of_matplotlib(code):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -93,6 +93,18 @@ def test_usage_is_that_of_all_batches(group, distance):
 
 
 @on(2)
+def test_initial_proxies_are_those_of_the_first_process(group):
+    torch.manual_seed(distributed.get_rank(group))  # other samples and another k-means on each
+    embeddings, labels = torch.randn(60, SIZE), torch.arange(60) % CLASSES
+    loss_func = make_loss(usage_group=group)
+    loss_func.init_proxies(embeddings, labels)
+    assert_same_on_all_ranks(loss_func.proxies.detach(), group)
+    assert_same_on_all_ranks(loss_func.proxy_usage, group)
+    with pytest.raises(ValueError, match='with usage_group="world", every process calls it'):
+        make_loss().init_proxies(embeddings, labels)
+
+
+@on(2)
 def test_rank_without_samples_adds_nothing(group):
     """Its loss is zero, and so is its gradient; DistributedDataParallel divides by the number of ranks as ever."""
     rank = distributed.get_rank(group)

@@ -100,6 +100,7 @@ def test_proxies_move_and_records_hold_our_statistics(table, out):
         assert len(rows) == EPOCHS * ITERATIONS
         columns = dict(zip(Statistics._fields, zip(*rows, strict=True), strict=True))
         assert set(columns.pop("views_agree")) == {1.0}  # there is one view
+        assert set(columns.pop("neighbor_loss")) == {0.0}
         assert all(len(set(column)) > 1 for column in columns.values())
 
 

@@ -112,4 +112,4 @@ def test_text_example_shows_what_views_are_worth(tmp_path):
     skip_without("sentence_transformers", "datasets", "accelerate")
     table = text_table(run(tmp_path, "text_sentence_transformers", []))
     assert table["second wording as second view"] > 1.5 * table["one view"] > 3 * table["none"]
-    assert table["dropout as second view"] < 1.2 * table["one view"]  # as docs/integrations.md says
+    assert table["dropout as second view"] < 1.2 * table["one view"]  # as docs/guide.md says

@@ -71,6 +71,9 @@ class Steps(TrainerCallback):
     def __init__(self, crash_after):
         self.losses, self.crash_after = [], crash_after
 
+    def on_train_begin(self, args, state, control, **kwargs):
+        set_seed(0)  # the first trainer of a process draws more random numbers before it trains
+
     def on_log(self, args, state, control, logs, **kwargs):
         self.losses += [logs["loss"]] if "loss" in logs else []
 

@@ -3,6 +3,7 @@
 import difflib
 import math
 from collections.abc import Iterable
+from functools import lru_cache
 from numbers import Integral, Real
 from typing import Annotated, NamedTuple, get_type_hints
 
@@ -86,10 +87,18 @@ CHECKS = {name: hint.__metadata__[0] for name, hint in get_type_hints(Settings, 
 
 def settings(owner: object) -> Settings:
     """The attributes of ``owner``, checked."""
-    values = {name: getattr(owner, name) for name in Settings._fields}
-    if not torch.compiler.is_compiling():  # which takes them for constants
-        values = {name: CHECKS[name](name, value) for name, value in values.items()}
-    return Settings(**values)
+    values = [getattr(owner, name) for name in Settings._fields]
+    if torch.compiler.is_compiling():  # which takes them for constants
+        return Settings(*values)
+    try:
+        return _checked(*values)
+    except TypeError:  # also of a value that cannot be hashed
+        return _checked.__wrapped__(*values)
+
+
+@lru_cache(typed=True)
+def _checked(*values: object) -> Settings:
+    return Settings(*(CHECKS[name](name, value) for name, value in zip(Settings._fields, values, strict=True)))
 
 
 def keywords(given: Iterable[str], allowed: Iterable[str], owner: str) -> None:

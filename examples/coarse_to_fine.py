@@ -30,7 +30,7 @@ matplotlib.use("Agg")
 
 import numpy as np
 import torch
-from digits import EMBEDDING_SIZE, RandomViews, load_data, make_models
+from digits import EMBEDDING_SIZE, load_data, make_models, stack_random_views
 from matplotlib import pyplot as plt
 from pytorch_metric_learning import losses, testers, trainers
 from pytorch_metric_learning.utils import logging_presets
@@ -41,7 +41,7 @@ from torch.utils.data import TensorDataset
 from tqdm import tqdm
 
 from pml_multiproxy.losses import MultiProxyEntropyLoss
-from pml_multiproxy.views import ViewsDataset, stack_views
+from pml_multiproxy.views import ViewsDataset
 from pml_multiproxy.visualize import plot_class
 
 PROXIES_PER_CLASS = 10  # for PML's losses and k-means: rather more than the five digits in each class
@@ -85,19 +85,19 @@ def train_and_test(loss_name, views, seed, epochs, log_dir, bar):
     if loss_name == K_MEANS:
         train_set = clustered(train_set, seed)
     if views > 1:
-        train_set = ViewsDataset(RandomViews(train_set), views)
+        train_set = ViewsDataset(train_set, views)
     torch.manual_seed(seed)
     models, loss_func = make_models(), LOSSES[loss_name](views)
     torch.manual_seed(seed)  # the same batches and views for all losses, which take different numbers to start
     record_keeper, _, _ = logging_presets.get_record_keeper(str(log_dir / "csv"), str(log_dir / "tensorboard"))
-    hooks = logging_presets.get_hook_container(record_keeper, validation_split_name="test", log_freq=1)
+    hooks = logging_presets.get_hook_container(record_keeper, validation_split_name="test", log_freq=10)
     tester = testers.GlobalEmbeddingSpaceTester(
         end_of_testing_hook=hooks.end_of_testing_hook,
         batch_size=256,
         dataloader_num_workers=0,
         accuracy_calculator=AccuracyCalculator(include=tuple(METRICS), k="max_bin_count"),
     )
-    log_epoch = hooks.end_of_epoch_hook(tester, {"test": test_set}, str(log_dir / "models"))
+    log_epoch = hooks.end_of_epoch_hook(tester, {"test": test_set}, str(log_dir / "models"), test_interval=epochs)
 
     def end_of_epoch(trainer):
         bar.set_description(f"{loss_name}, {views} view{'s' * (views > 1)}, seed {seed}")
@@ -115,7 +115,7 @@ def train_and_test(loss_name, views, seed, epochs, log_dir, bar):
         batch_size=64,
         loss_funcs={"metric_loss": loss_func},
         dataset=train_set,
-        collate_fn=stack_views if views > 1 else None,
+        collate_fn=stack_random_views if views > 1 else None,
         dataloader_num_workers=0,
         end_of_iteration_hook=hooks.end_of_iteration_hook,
         end_of_epoch_hook=end_of_epoch,

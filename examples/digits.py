@@ -9,7 +9,7 @@ from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 
 from pml_multiproxy.views import ViewsDataset, stack_views
 
@@ -28,34 +28,25 @@ def load_data():
     return TensorDataset(images[train], digits[train] % 2), TensorDataset(images[test], digits[test])
 
 
-def random_view(image):
-    """The image ``(1, 8, 8)``, rotated, scaled, sheared and shifted at random; what comes from outside it is black."""
-    angle, scaling, shear, right, down = (2 * torch.rand(5, dtype=torch.float64) - 1).tolist()
-    cosine, sine = math.cos(ROTATION * angle), math.sin(ROTATION * angle)
+def random_views(images):
+    """Images ``(N, 1, 8, 8)``, each rotated, scaled, sheared and shifted at random; black comes in from outside."""
+    angle, scaling, shear, right, down = 2 * torch.rand(5, len(images)) - 1
+    cosine, sine = torch.cos(ROTATION * angle), torch.sin(ROTATION * angle)
     size, shear = 1 + SCALING * scaling, SHEAR * shear
     # Where each pixel of the view comes from, in coordinates from -1 to 1: the side is 2 long.
-    matrix = torch.tensor(
-        [
-            [size * cosine, size * (shear * cosine - sine), 2 * SHIFT * right],
-            [size * sine, size * (shear * sine + cosine), 2 * SHIFT * down],
-        ]
-    )
-    grid = nn.functional.affine_grid(matrix[None], [1, *image.shape], align_corners=False)
-    return nn.functional.grid_sample(image[None], grid, align_corners=False)[0]
+    matrices = [
+        [size * cosine, size * (shear * cosine - sine), 2 * SHIFT * right],
+        [size * sine, size * (shear * sine + cosine), 2 * SHIFT * down],
+    ]
+    matrices = torch.stack([torch.stack(row) for row in matrices]).permute(2, 0, 1)
+    grid = nn.functional.affine_grid(matrices, images.shape, align_corners=False)
+    return nn.functional.grid_sample(images, grid, align_corners=False)
 
 
-class RandomViews(Dataset):
-    """The images of a dataset, each a new random view whenever it is asked for."""
-
-    def __init__(self, dataset):
-        self.dataset = dataset
-
-    def __len__(self):
-        return len(self.dataset)
-
-    def __getitem__(self, index):
-        image, label = self.dataset[index]
-        return random_view(image), label
+def stack_random_views(samples):
+    """Collates samples of a ``ViewsDataset``; whole batches change faster than single images."""
+    images, labels = stack_views(samples)
+    return random_views(images), labels
 
 
 def make_models():
@@ -72,8 +63,8 @@ def load_batches():
 
 def load_views(train_set, views):
     """Batches of so many random views of each image."""
-    dataset = ViewsDataset(RandomViews(train_set), views)
-    return DataLoader(dataset, batch_size=64, shuffle=True, collate_fn=stack_views)
+    dataset = ViewsDataset(train_set, views)
+    return DataLoader(dataset, batch_size=64, shuffle=True, collate_fn=stack_random_views)
 
 
 def train_epoch(network, loss_func, optimizer, batches):

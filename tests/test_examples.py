@@ -5,7 +5,6 @@ import json
 import math
 import subprocess
 import sys
-import time
 from pathlib import Path
 from statistics import mean
 
@@ -98,22 +97,22 @@ def test_coarse_to_fine(example, tmp_path, capsys):
 @pytest.mark.slow
 def test_all_losses_see_the_same_views(example, monkeypatch, tmp_path):
     digits, coarse_to_fine = example("digits"), example("coarse_to_fine")
-    random_view, seen = digits.random_view, []
+    random_views, seen = digits.random_views, []
 
-    def recorded(image):
-        view = random_view(image)
-        seen[-1].append(view)
-        return view
+    def recorded(images):
+        views = random_views(images)
+        seen[-1].append(views)
+        return views
 
     def train_and_test(*arguments):
         seen.append([])
         return of_the_example(*arguments)
 
     of_the_example = coarse_to_fine.train_and_test
-    monkeypatch.setattr(digits, "random_view", recorded)
+    monkeypatch.setattr(digits, "random_views", recorded)
     monkeypatch.setattr(coarse_to_fine, "train_and_test", train_and_test)
     coarse_to_fine.main(["--out", str(tmp_path), "--epochs", "1", "--seeds", "1"])
-    augmented = [torch.stack(views) for views in seen if views]
+    augmented = [torch.cat(views) for views in seen if views]
     assert len(augmented) == len(RUNS) - 1  # ours with one view sees the images as they are
     assert len(augmented[0]) == 2 * 14 * 64  # two views, and as many whole batches as there are
     assert all(views.equal(augmented[0]) for views in augmented)
@@ -122,23 +121,18 @@ def test_all_losses_see_the_same_views(example, monkeypatch, tmp_path):
 def test_a_view_is_a_slight_change_of_its_image(example):
     digits = example("digits")
     images, _ = digits.load_data()[0].tensors
-    views = torch.stack([digits.random_view(image) for image in images])
+    views = digits.random_views(images)
     assert views.shape == images.shape
     assert 0.02 < (views - images).abs().mean() < (images.roll(1, dims=0) - images).abs().mean()
     assert torch.nn.functional.cosine_similarity(views.flatten(1), images.flatten(1)).mean() > 0.8
 
 
-@pytest.mark.slow
-def test_coarse_to_fine_reaches_what_the_readme_says(tmp_path):
-    start = time.perf_counter()
-    run("coarse_to_fine.py", "--out", tmp_path)
-    assert time.perf_counter() - start < 900  # a few minutes if nothing else runs
-    assert ratio_to_the_best_peer(check_coarse_to_fine(tmp_path, seeds=5)) >= 1.6
-
-
-def test_committed_result_reaches_what_the_readme_says():
-    committed = check_coarse_to_fine(ROOT / "examples" / "results" / "coarse_to_fine", seeds=5)
-    assert ratio_to_the_best_peer(committed) >= 1.6
+@pytest.mark.parametrize("folder", ["examples/results", "runs"])
+def test_coarse_to_fine_reaches_what_the_readme_says(folder):
+    """The committed result, and that of README's command, which .ci/run runs before the tests."""
+    if folder == "runs" and not (ROOT / folder).exists():
+        pytest.skip("README's command has not run")
+    assert ratio_to_the_best_peer(check_coarse_to_fine(ROOT / folder / "coarse_to_fine", seeds=5)) >= 1.6
 
 
 class WithoutConstants(MultiProxyEntropyLoss):

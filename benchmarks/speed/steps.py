@@ -2,12 +2,12 @@
 
 The floor is three bare matrix products of the same sizes and dtype, into memory that is there already: similarities,
 gradient of the embeddings, gradient of the proxies; "floor, batch last" has the similarities transposed, as our loss
-does. All terms of our loss are on, the neighbour term in the row with two views; the distance is the cosine, and its
-pooling is "max" unless the row names another. Times are medians over repeats. In each repeat, the floor and all rows
-take turns in a random order, since the first steps after another row are slower; the ratio to the floor is the median
-of the ratios within a repeat. Extra memory is the peak of one step beyond the parameters, one gradient of each, and the
-inputs, in MB of 10^6 bytes; on the CPU, each in a fresh process. If PyTorch sees a GPU, all is measured on it, in
-float32 and under bfloat16 autocast.
+does. All terms of our loss are on, but for the neighbour term, which has a row of its own; the distance is the cosine,
+and the pooling is "max" unless the row names another. Times are medians over repeats. In each repeat, the floor and all
+rows take turns in a random order, since the first steps after another row are slower; the ratio to the floor is the
+median of the ratios within a repeat. Extra memory is the peak of one step beyond the parameters, one gradient of each,
+and the inputs, in MB of 10^6 bytes; on the CPU, each in a fresh process. If PyTorch sees a GPU, all is measured on it,
+in float32 and under bfloat16 autocast.
 
 Writes results/speed.csv, replacing the rows of the shapes that it measures, and makes results/speed.md of it; --growth
 writes results/speed_growth.csv, of which results/speed_growth.png is made. Needs Linux.
@@ -75,8 +75,8 @@ class Floor(torch.nn.Module):
         torch.mm(by_proxy, self.embeddings, out=of_proxies)
 
 
-def ours(shape, classes_per_chunk, pooling="max", views=1):
-    weights = {"intra_weight": 0.5, "inter_weight": 0.1, "balance_weight": 0.5}
+def ours(shape, classes_per_chunk, pooling="max", views=1, neighbor_weight=0):
+    weights = {"intra_weight": 0.5, "inter_weight": 0.1, "balance_weight": 0.5, "neighbor_weight": neighbor_weight}
     settings = {"pooling": pooling, "classes_per_chunk": classes_per_chunk, "views": views}
     return MultiProxyEntropyLoss(shape.C, shape.D, shape.K, **settings, **weights)
 
@@ -90,6 +90,7 @@ ROWS = {
     "ours, softmax": lambda s: ours(s, s.C, "softmax"),
     "ours, logsumexp": lambda s: ours(s, s.C, "logsumexp"),
     "ours, two views": lambda s: ours(s, s.C, views=2),
+    "ours, two views, neighbours": lambda s: ours(s, s.C, views=2, neighbor_weight=1),
     "SoftTripleLoss": lambda s: losses.SoftTripleLoss(s.C, s.D, centers_per_class=s.K),
     "SubCenterArcFaceLoss": lambda s: losses.SubCenterArcFaceLoss(num_classes=s.C, embedding_size=s.D, sub_centers=s.K),
     "NormalizedSoftmaxLoss": lambda s: losses.NormalizedSoftmaxLoss(s.C * s.K, s.D),
@@ -117,7 +118,7 @@ class Run:
         self.loss_func = ROWS[row](shape).to(device, dtype if row.startswith("floor") else torch.float32)
         self.embeddings = torch.randn(shape.B, shape.D, device=device, requires_grad=True)
         self.labels = torch.randint(shape.C, (shape.B,), device=device)
-        if row == "ours, two views":
+        if row.startswith("ours, two views"):
             self.labels = self.labels[: shape.B // 2].repeat(2)
         if row in ("NormalizedSoftmaxLoss", "ProxyAnchorLoss"):  # here, each proxy is a class
             self.labels *= shape.K

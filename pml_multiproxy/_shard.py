@@ -1,4 +1,4 @@
-"""Which classes this process holds, and what it tells the processes that hold the others.
+"""The classes that this process holds, and communication with the processes that hold the others.
 
 Without other processes, every function returns at once. With them, all ranks of the group have to call it, or none.
 """

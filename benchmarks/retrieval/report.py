@@ -2,7 +2,7 @@
 
 from .pictures import draw_bars, draw_proxies_per_class
 from .selection import with_any_test
-from .tables import against_best_peer, choice_by_agreement, choice_of_defaults, numbers_of_proxies, of_losses
+from .tables import against_best_peer, choice_by_agreement, choice_of_defaults, numbers_of_proxies, of_losses, summary
 
 TABLES = {
     "best here": "Each loss in its configuration that was best on the validation part of the task",
@@ -26,6 +26,7 @@ def report(runs, out, seeds):
         f"{OF_OURS}; without views": choice_of_defaults(runs, views=False),
         f"{OF_OURS}; with views": choice_of_defaults(runs, views=True),
     }
+    (out / "summary.md").write_text((summary(runs, seeds, names) or "") + "\n")
     text = join(*(f"**{title}**\n\n{table}" for title, table in parts.items() if table))
     if "open" in text:
         text = join(OPEN, text)

@@ -73,6 +73,23 @@ def against_best_peer(runs, which, seeds, names):
     return table(["task", "best peer", "ours", "difference", "ratio"], rows)
 
 
+def summary(runs, seeds, names):
+    """Ours at its untouched defaults against the strongest rival in its best configuration, k-means included."""
+    rows = []
+    for name in names:
+        found, _ = measured(runs, name, "best here", seeds)
+        rivals = {loss: values for loss, values in found.items() if not loss.startswith(OURS)}
+        if rivals:
+            best = max(rivals, key=lambda loss: rivals[loss].mean())
+            for ours in (loss for loss in (OURS, ONE_PROXY) if applies(loss, name)):
+                values = tested(runs, name, ours, "defaults", seeds)
+                cells = ["open", ""] if values is None else compared(values, rivals[best])[:2]
+                rows.append(
+                    [name, ours.removeprefix(f"{OURS}, "), cells[0], f"{best}: {rivals[best].mean():.1f}", cells[1]]
+                )
+    return table(["task", "ours, untouched defaults", "MAP@R", "strongest rival, at its best", "difference"], rows)
+
+
 def compared(ours, peer):
     """The interval is of the difference: both are resampled with the same seeds and classes."""
     low, high = interval(ours - peer)

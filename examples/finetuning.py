@@ -110,7 +110,8 @@ def number_labels(rows):
     """Names of the labels, and the number of the label of each row."""
     counts = Counter(label for _, label in rows)
     if len(counts) < 2:
-        raise SystemExit(f"there must be samples of two labels or more, got {dict(counts) or 'none'}")
+        found = dict(counts) or "none"
+        raise SystemExit(f"there must be two labels or more, got {found}: --help says where labels come from")
     names = sorted(counts)
     return names, [names.index(label) for _, label in rows]
 
@@ -120,9 +121,9 @@ def check_run(folder, rows, **settings):
     settings["samples"] = hashlib.sha256(repr(rows).encode()).hexdigest()
     path = folder / "run.json"
     saved = json.loads(path.read_text()) if path.exists() else settings
-    changed = [name for name in settings if saved.get(name) != settings[name]]
+    changed = ", ".join(name for name in settings if saved.get(name) != settings[name])
     if changed:
-        raise SystemExit(f"{folder} holds a run with other {', '.join(changed)}: name another folder with --out")
+        raise SystemExit(f"{folder} holds a run with other {changed}: delete it, or name another folder with --out")
     folder.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(settings))
 

@@ -29,6 +29,7 @@ from pml_multiproxy.visualize import plot_groups
 matplotlib.use("Agg")
 EMBEDDING_SIZE = 128
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+WORKERS = min(4, os.cpu_count() or 1)
 
 
 class Photographs(Dataset):
@@ -41,8 +42,7 @@ class Photographs(Dataset):
         return len(self.paths)
 
     def __getitem__(self, index):
-        image = read_image(self.paths[index], self.size)
-        shape = self.size, self.size
+        image, shape = read_image(self.paths[index], self.size), (self.size, self.size)
         image = random_view(image, shape) if self.augment else ImageOps.fit(image, shape)
         return torch.from_numpy(np.array(image)).movedim(2, 0)
 
@@ -62,7 +62,7 @@ def train(network, loss_func, data, epochs, checkpoint):
     """Saves all that it needs to go on after each epoch."""
     parts = (network.trunk, 5e-4), (network.head, 1e-3), (loss_func, 1e-2)  # the proxies stand larger steps
     optimizer = torch.optim.AdamW([{"params": list(part.parameters()), "lr": rate} for part, rate in parts])
-    loader = DataLoader(data, batch_size=64, shuffle=True, num_workers=4, collate_fn=stack_views)
+    loader = DataLoader(data, batch_size=64, shuffle=True, num_workers=WORKERS, collate_fn=stack_views)
     schedule = OneCycleLR(optimizer, [rate for _, rate in parts], epochs=epochs, steps_per_epoch=len(loader))
     state, done = {"network": network, "loss": loss_func, "optimizer": optimizer, "schedule": schedule}, 0
     if checkpoint.exists():
@@ -97,17 +97,17 @@ def main(argv=None):
     args = parser.parse_args(argv)
     rows = find_images(args.images, args.labels)
     names, labels = number_labels(rows)
-    check_run(args.out, rows, network=args.network, size=args.size, epochs=args.epochs)
     torch.manual_seed(0)
     network = ImageNetwork(args.network, EMBEDDING_SIZE).to(DEVICE)
     loss_func = MultiProxyEntropyLoss(len(names), EMBEDDING_SIZE, views=2).to(DEVICE)
+    check_run(args.out, rows, network=args.network, size=args.size, epochs=args.epochs)
     paths = [args.images / path for path, _ in rows]
     views = ViewsDataset(StackDataset(Photographs(paths, args.size, augment=True), labels), loss_func.views)
     train(network, loss_func, views, args.epochs, args.out / "checkpoint.pt")
-    images = Photographs(paths, args.size, augment=False)
     network.eval()
+    images = Photographs(paths, args.size, augment=False)
     with torch.no_grad():
-        batches = tqdm(DataLoader(images, batch_size=64, num_workers=4), "groups")
+        batches = tqdm(DataLoader(images, batch_size=64, num_workers=WORKERS), "groups")
         embeddings = torch.cat([network(batch.to(DEVICE)) for batch in batches])
     groups = find_groups(loss_func, embeddings, torch.tensor(labels))
     write_groups(args.out, groups, rows, "image")

@@ -53,9 +53,9 @@ def main(argv=None):
     args = parser.parse_args(argv)
     rows = read_columns(args.csv, "text", "label")
     names, labels = number_labels(rows)
-    check_run(args.out, rows, model=args.model, epochs=args.epochs, learning_rate=args.learning_rate)
     set_seed(0)
     texts, model = [text for text, _ in rows], sentence_model(args.model)
+    check_run(args.out, rows, model=args.model, epochs=args.epochs, learning_rate=args.learning_rate)
     loss = MultiProxyEntropyLoss(model, len(names), views=2)  # dropout makes the second view
     data = Dataset.from_dict({"text": texts, "label": labels})
     train(model, loss, data, args.out / "checkpoints", args.epochs, args.learning_rate)

@@ -93,7 +93,7 @@ def main(argv=None):
     parser.add_argument("--labels", type=Path, metavar="CSV", help="default: the names of the folders are the labels")
     parser.add_argument("--network", default=LITE, metavar="NAME", help=f"{LITE} (the default), or one of timm's")
     parser.add_argument("--size", type=int, default=128, metavar="PIXELS", help="default: %(default)s")
-    parser.add_argument("--epochs", type=int, default=10, metavar="N", help="default: %(default)s")
+    parser.add_argument("--epochs", type=int, default=20, metavar="N", help="default: %(default)s")
     args = parser.parse_args(argv)
     rows = find_images(args.images, args.labels)
     names, labels = number_labels(rows)

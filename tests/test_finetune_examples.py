@@ -184,7 +184,7 @@ def test_errors_of_the_example_on_images(images, monkeypatch, tmp_path):
     table.write_text("image,crop\nwarm/2.gif,1\n")
     assert message(folder, out, "--labels", table).endswith("columns image, label, got ['image', 'crop']")
     table.write_text("image,label\nwarm/2.gif,1\nwarm/3.jpg\n")
-    assert message(folder, out, "--labels", table).endswith("got 1 rows, the first: 2")
+    assert message(folder, out, "--labels", table).endswith("got them in 1 rows, the first: 2")
     table.write_text("image,label\nwarm/2.gif,1\ncold/9.png,2\n")
     assert message(folder, out, "--labels", table).endswith("lacks 1, the first: cold/9.png")
     other_size = arguments(folder, out, "--size", 8)

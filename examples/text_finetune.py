@@ -64,7 +64,8 @@ def main(argv=None):
     groups = find_groups(loss.loss_func, embeddings, torch.tensor(labels))
     finetuning.write_groups(args.out, groups, rows, "text", names)
     print(list_groups(groups, texts))
-    panels = plot_embeddings(loss.loss_func, embeddings, torch.tensor(labels), colors=groups.group, class_names=names)
+    titles = {"class_names": names, "legend_title": "group"}
+    panels = plot_embeddings(loss.loss_func, embeddings, torch.tensor(labels), colors=groups.group, **titles)
     panels[0].figure.savefig(args.out / "groups.png", dpi=80)
     model.save(str(args.out / "model"))
     loss.loss_func.save(args.out / "loss.pt")

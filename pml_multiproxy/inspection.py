@@ -182,27 +182,24 @@ def find_groups(
     numbers = {label: check.positive_int_or_none("num_groups", number) for label, number in numbers.items()}
     scaled = functional.normalize(points) if loss_func.distance.normalize_embeddings else points
     proxies = loss_func.assign(points, classes)[1]
-    of_proxy = torch.full_like(loss_func.proxy_usage, -1, dtype=torch.long)
+    group, of_proxy = torch.empty_like(classes), torch.full_like(loss_func.proxy_usage, -1, dtype=torch.long)
     records: list[Group] = []
     for c in torch.unique(classes).tolist():
         samples = (classes == c).nonzero().squeeze(1)
         own, of_samples = scaled[samples].double().cpu().numpy(), proxies[samples].cpu().numpy()
-        for place in grouping.find(own, of_samples, numbers.get(c)):
-            members = np.unique(of_samples[place]).tolist()
-            of_proxy[c, members] = len(records)
-            to_mean = np.linalg.norm(own[place] - own[place].mean(axis=0), axis=1)
-            nearest_first = samples[place[to_mean.argsort(kind="stable")[:count]]].tolist()
-            records.append(Group(len(records), c, len(place), members, nearest_first, 0.0, None))
-    group = of_proxy[classes, proxies]
+        found = grouping.find(own, of_samples, loss_func.proxies_per_class, numbers.get(c))
+        group[samples] = len(records) + torch.from_numpy(found.group).to(group)
+        of_proxy[c] = torch.from_numpy(np.where(found.of_proxy < 0, -1, len(records) + found.of_proxy)).to(group)
+        for place, members in enumerate(found.nearest):
+            numbers_of_proxies = np.flatnonzero(found.of_proxy == place).tolist()
+            nearest_first = samples.cpu()[members[:count]].tolist()
+            records.append(Group(len(records), c, len(members), numbers_of_proxies, nearest_first, 0.0, None))
     shares = loss_func.soft_assign(points, classes)
-    certainty = (shares * (of_proxy[classes] == group[:, None])).sum(dim=1)
-    means = torch.zeros(len(records), device=group.device).index_add(0, group, certainty) / group.bincount()
+    certainty = (shares * (of_proxy[classes] == group[:, None])).sum(dim=1).float()
+    means = certainty.new_zeros(len(records)).index_add(0, group, certainty) / group.bincount()
     overlaps = [None] * len(records) if again is None else _overlaps(group, _second(again, loss_func, classes, numbers))
-    records = [
-        record._replace(certainty=mean, found_again=overlap)
-        for record, mean, overlap in zip(records, means.tolist(), overlaps, strict=True)
-    ]
-    return Groups(group, certainty, records)
+    rows = zip(records, means.tolist(), overlaps, strict=True)
+    return Groups(group, certainty, [r._replace(certainty=mean, found_again=overlap) for r, mean, overlap in rows])
 
 
 class WorstGroup(NamedTuple):

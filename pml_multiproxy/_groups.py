@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.sparse import csr_array
 
 Floats = NDArray[np.float64]
 Integers = NDArray[Any]
@@ -123,9 +124,7 @@ def _join(clusters: Clusters, parts: Integers) -> Clusters:
     """The clusters that those with the same number in ``parts`` form together, in the order of the numbers."""
     own = np.unique(parts, return_inverse=True)[1]
     sizes = np.bincount(own, clusters.sizes)
-    sums = np.zeros((len(sizes), clusters.means.shape[1]))
-    np.add.at(sums, own, clusters.sizes[:, None] * clusters.means)
-    means = sums / sizes[:, None]
+    means = csr_array((clusters.sizes, (own, np.arange(len(own))))) @ clusters.means / sizes[:, None]
     spread = clusters.variances + ((clusters.means - means[own]) ** 2).sum(axis=1)
     return Clusters(sizes, means, np.bincount(own, clusters.sizes * spread) / sizes)
 

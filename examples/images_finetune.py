@@ -111,7 +111,7 @@ def main(argv=None):
         embeddings = torch.cat([network(batch.to(DEVICE)) for batch in batches])
     groups = find_groups(loss_func, embeddings, torch.tensor(labels))
     finetuning.write_groups(args.out, groups, rows, "image", names)
-    plot_groups(groups, images).figure.savefig(args.out / "groups.png", dpi=80)
+    plot_groups(groups, images, class_names=names).figure.savefig(args.out / "groups.png", dpi=80)
     torch.save(network.state_dict(), args.out / "network.pt")
     loss_func.save(args.out / "loss.pt")
 

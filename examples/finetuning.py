@@ -76,9 +76,7 @@ def read_columns(path, *columns):
         found = [tuple(row[name] for name in columns) for row in rows]
     empty = [number for number, row in enumerate(found, 1) if not all(row)]
     if empty:
-        raise SystemExit(
-            f"{path} must have no empty cells in these columns, got {len(empty)} rows, the first: {empty[0]}"
-        )
+        raise SystemExit(f"{path} must have no empty cells, got them in {len(empty)} rows, the first: {empty[0]}")
     return found
 
 

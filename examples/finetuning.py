@@ -149,3 +149,9 @@ def write_groups(folder, groups, rows, column, names):
     table = "\n".join([*(f"label {number}: {name}" for number, name in enumerate(names)), str(groups)])
     (folder / "groups.txt").write_text(f"{table}\n", encoding="utf-8")
     print(table)
+
+
+def largest(groups, count=40):
+    """The numbers of the largest groups, in their order: a picture of more can hardly be read."""
+    by_size = sorted(groups.records, key=lambda record: record.size, reverse=True)
+    return sorted(record.group for record in by_size[:count])

@@ -63,13 +63,12 @@ def train(network, loss_func, data, epochs, checkpoint):
     optimizer = torch.optim.AdamW([{"params": list(part.parameters()), "lr": rate} for part, rate in parts])
     loader = DataLoader(data, finetuning.BATCH_SIZE, shuffle=True, num_workers=WORKERS, collate_fn=stack_views)
     schedule = OneCycleLR(optimizer, [rate for _, rate in parts], epochs=epochs, steps_per_epoch=len(loader))
-    state, done = {"network": network, "loss": loss_func, "optimizer": optimizer, "schedule": schedule}, 0
+    state = {"network": network, "loss": loss_func, "optimizer": optimizer, "schedule": schedule}
     if checkpoint.exists():
         saved = torch.load(checkpoint, map_location=DEVICE, weights_only=True)
-        done = saved["epochs"]
         for name, part in state.items():
             part.load_state_dict(saved[name])
-    for epoch in range(done, epochs):
+    for epoch in range(schedule.last_epoch // len(loader), epochs):  # it counts steps
         torch.manual_seed(epoch)  # an epoch draws the same numbers after an interruption
         for module in network.train().modules():  # batch norm keeps the statistics of the pretraining
             module.training &= "BatchNorm" not in type(module).__name__
@@ -80,8 +79,7 @@ def train(network, loss_func, data, epochs, checkpoint):
             optimizer.step()
             schedule.step()
             bar.set_postfix(loss=f"{loss.item():.2f}")
-        saved = {name: part.state_dict() for name, part in state.items()} | {"epochs": epoch + 1}
-        torch.save(saved, f"{checkpoint}.new")
+        torch.save({name: part.state_dict() for name, part in state.items()}, f"{checkpoint}.new")
         os.replace(f"{checkpoint}.new", checkpoint)  # a crash leaves the old file
 
 
@@ -93,6 +91,7 @@ def main(argv=None):
     parser.add_argument("--network", default=finetuning.LITE, metavar="NAME", help="%(default)s, or one of timm's")
     parser.add_argument("--size", type=int, default=128, metavar="PIXELS", help="default: %(default)s")
     parser.add_argument("--epochs", type=int, metavar="N", help="default: 200 steps or more, at least 4 epochs")
+    parser.add_argument("--groups", type=int, metavar="N", help="in each label; default: as many as the samples form")
     args = parser.parse_args(argv)
     rows = finetuning.find_images(args.images, args.labels)
     names, labels = finetuning.number_labels(rows)
@@ -109,9 +108,10 @@ def main(argv=None):
     with torch.no_grad():
         batches = tqdm(DataLoader(images, batch_size=finetuning.BATCH_SIZE, num_workers=WORKERS), "groups")
         embeddings = torch.cat([network(batch.to(DEVICE)) for batch in batches])
-    groups = find_groups(loss_func, embeddings, torch.tensor(labels))
+    groups = find_groups(loss_func, embeddings, torch.tensor(labels), num_groups=args.groups)
     finetuning.write_groups(args.out, groups, rows, "image", names)
-    plot_groups(groups, images, class_names=names).figure.savefig(args.out / "groups.png", dpi=80)
+    ax = plot_groups(groups, images, shown=finetuning.largest(groups), class_names=names)
+    ax.figure.savefig(args.out / "groups.png", dpi=80)
     torch.save(network.state_dict(), args.out / "network.pt")
     loss_func.save(args.out / "loss.pt")
 

@@ -50,6 +50,7 @@ def main(argv=None):
     parser.add_argument("--model", default=finetuning.MINILM, metavar="NAME", help="%(default)s, a folder, or a hub's")
     parser.add_argument("--epochs", type=int, metavar="N", help="default: 100 steps or more, at least 4 epochs")
     parser.add_argument("--learning-rate", type=float, default=2e-5, metavar="RATE", help="default: %(default)s")
+    parser.add_argument("--groups", type=int, metavar="N", help="in each label; default: as many as the samples form")
     args = parser.parse_args(argv)
     rows = finetuning.read_columns(args.csv, "text", "label")
     names, labels = finetuning.number_labels(rows)
@@ -61,7 +62,7 @@ def main(argv=None):
     data = Dataset.from_dict({"text": texts, "label": labels})
     train(model, loss, data, args.out / "checkpoints", epochs, args.learning_rate)
     embeddings = model.encode(texts, convert_to_tensor=True, show_progress_bar=True)
-    groups = find_groups(loss.loss_func, embeddings, torch.tensor(labels))
+    groups = find_groups(loss.loss_func, embeddings, torch.tensor(labels), num_groups=args.groups)
     finetuning.write_groups(args.out, groups, rows, "text", names)
     print(list_groups(groups, texts))
     titles = {"class_names": names, "legend_title": "group"}

@@ -87,9 +87,10 @@ def check_groups(out, column, expected):
 
 def test_images(images, tmp_path, capsys):
     folder = draw(tmp_path / "images")
-    images.main(arguments(folder, tmp_path / "out"))
+    images.main(arguments(folder, tmp_path / "out", "--groups", 2))
     paths = [path.relative_to(folder) for path in folder.glob("*/**/[0-9].*")]
     check_groups(tmp_path / "out", "image", [(str(path), path.parts[0]) for path in paths])
+    assert len({row["group"] for row in read(tmp_path / "out" / "groups.csv")}) <= 4  # two of each label
     assert (tmp_path / "out" / "groups.txt").read_text() in capsys.readouterr().out
     loss_func = MultiProxyEntropyLoss.load(tmp_path / "out" / "loss.pt")
     assert (loss_func.num_classes, loss_func.views) == (2, 2)
@@ -124,7 +125,7 @@ def test_images_resume_exactly_and_a_crash_leaves_the_last_checkpoint(images, mo
         patch.setattr(torch, "save", crash)
         with pytest.raises(KeyboardInterrupt):
             images.main(arguments(folder, outs[1]))
-    assert torch.load(outs[1] / "checkpoint.pt", weights_only=True)["epochs"] == 1
+    assert torch.load(outs[1] / "checkpoint.pt", weights_only=True)["schedule"]["last_epoch"] == 1
     images.main(arguments(folder, outs[1]))
     whole, resumed = (
         [torch.load(out / f"{part}.pt", weights_only=True) for part in ("network", "loss")] for out in outs

@@ -28,10 +28,17 @@ from matplotlib.collections import LineCollection
 
 from . import _check as check
 from . import functional
-from .inspection import Array, _as_tensor, _checked_samples, nearest_samples
+from .inspection import Array, Groups, WorstGroup, _as_tensor, _checked_samples, nearest_samples
 from .losses import MultiProxyEntropyLoss, check_loss
 
-__all__ = ["plot_class", "plot_embeddings", "plot_nearest", "plot_usage"]
+__all__ = [
+    "plot_class",
+    "plot_embeddings",
+    "plot_groups",
+    "plot_nearest",
+    "plot_usage",
+    "plot_worst_groups",
+]
 
 Numpy = NDArray[Any]
 Styles = dict[int, dict[str, Any]]
@@ -225,21 +232,99 @@ def plot_nearest(
     nearest = loss_func.assign(points, targets)[1].tolist()
     rows = [(label, proxy) for label in shown for proxy in range(loss_func.proxies_per_class)]
     cells = [(x, y, sample) for y, samples in enumerate(found) for x, sample in enumerate(samples) if sample >= 0]
-    pixels = {sample: _pixels(f"images[{sample}]", images[sample]) for _, _, sample in cells}
-
-    width_of_names = 0.5 + 0.1 * max(len(name) + 10 for name in names.values())
-    figsize = max(width_of_names + 0.7 * count, 4.5), 0.8 + 0.7 * len(rows)
-    ax = ax or plt.figure(figsize=figsize, layout="constrained").add_subplot()
-    for x, y, sample in cells:
-        alpha = 1.0 if nearest[sample] == rows[y][1] else 0.3
-        height, width = 0.46 * np.array(pixels[sample].shape[:2]) / max(pixels[sample].shape[:2])
-        extent = (x - width, x + width, y + height, y - height)
-        ax.imshow(pixels[sample], cmap="gray", vmin=0, vmax=1, extent=extent, alpha=alpha)
-    ax.set(xlim=(-0.5, count - 0.5), ylim=(len(rows) - 0.5, -0.5), xticks=[], frame_on=False)
-    ax.set_yticks(range(len(rows)), [f"{names[label]}, proxy {proxy}" for label, proxy in rows])
+    alphas = [1.0 if nearest[sample] == rows[y][1] else 0.3 for _, y, sample in cells]
+    titles = [f"{names[label]}, proxy {proxy}" for label, proxy in rows]
+    ax = _draw_rows(images, cells, alphas, titles, count, ax)
     ax.set_xlabel("the nearest first; pale: nearer to another proxy", loc="right")
-    ax.tick_params(length=0)
-    ax.set_anchor("E")  # spare width goes to the names
+    return ax
+
+
+def plot_groups(
+    groups: Groups,
+    images: Sequence[Any] | Array,
+    *,
+    count: int = 8,
+    shown: Sequence[int] | None = None,
+    ax: Axes | None = None,
+    class_names: Names | None = None,
+) -> Axes:
+    """A contact sheet: one row per group, with its size, its mean certainty, and the images nearest to its mean.
+
+    Args:
+        groups: the result of :func:`~pml_multiproxy.inspection.find_groups`.
+        images: of the samples, in their order, as for :func:`plot_nearest`.
+        count: how many images of each group, at most as many as ``find_groups`` was asked for.
+        shown: numbers of the groups to draw, in this order. ``None``: all groups; if these are many, choose some.
+        ax: where to draw. ``None``: a new figure.
+        class_names: names beside the rows, by class. ``None``: the numbers of the classes.
+
+    Returns:
+        The axes.
+
+    Raises:
+        TypeError, ValueError: if the count or a group has the wrong type or range, if the number of images differs from
+            that of the samples, or if an image is not finite.
+
+    Example:
+        >>> import torch
+        >>> from pml_multiproxy import inspection, visualize
+        >>> record = inspection.Group(0, 1, 3, proxies=[2], nearest=[2, 0, 1], certainty=0.9, found_again=None)
+        >>> groups = inspection.Groups(torch.zeros(3).long(), torch.full((3,), 0.9), [record])
+        >>> ax = visualize.plot_groups(groups, torch.rand(3, 8, 8), class_names={1: "dog"})
+        >>> [label.get_text() for label in ax.get_yticklabels()]
+        ['dog, group 0: 3 samples, certainty 0.90']
+    """
+    if len(images) != len(groups.group):
+        raise ValueError(f"images must be {len(groups.group)}, one for each sample, got {len(images)}")
+    chosen = range(len(groups.records)) if shown is None else shown
+    check.in_range("shown", torch.tensor(list(chosen)), len(groups.records), "the number of groups")
+    records, count = [groups.records[number] for number in chosen], check.positive_int("count", count)
+    names = _named(class_names, {record.label for record in records}, default="class {}")
+    cells = [(x, y, sample) for y, record in enumerate(records) for x, sample in enumerate(record.nearest[:count])]
+    titles = [f"{names[r.label]}, group {r.group}: {r.size} samples, certainty {r.certainty:.2f}" for r in records]
+    ax = _draw_rows(images, cells, [1.0] * len(cells), titles, count, ax)
+    ax.set_xlabel("the nearest to the mean of the group first", loc="right")
+    return ax
+
+
+def plot_worst_groups(
+    rows: Sequence[WorstGroup],
+    *,
+    count: int = 20,
+    ax: Axes | None = None,
+    class_names: Names | None = None,
+) -> Axes:
+    """The accuracy of each group, or its mean loss, with its interval: the worst on top.
+
+    Args:
+        rows: the result of :func:`~pml_multiproxy.inspection.worst_groups`.
+        count: how many groups to draw, at least 1.
+        ax: where to draw. ``None``: a new figure.
+        class_names: names beside the rows, by class. ``None``: the numbers of the classes.
+
+    Returns:
+        The axes.
+
+    Raises:
+        TypeError, ValueError: if the count has the wrong type or range.
+
+    Example:
+        >>> from pml_multiproxy import inspection, visualize
+        >>> row = inspection.WorstGroup(group=3, label=0, size=40, mean=0.5, low=0.3, high=0.7, compared=10)
+        >>> ax = visualize.plot_worst_groups([row], class_names=["cat"])
+        >>> [label.get_text() for label in ax.get_yticklabels()]
+        ['cat, group 3: 40 samples']
+    """
+    drawn = rows[: check.positive_int("count", count)]
+    names = _named(class_names, {row.label for row in drawn}, default="class {}")
+    ax = ax or plt.figure(figsize=(8, 1.2 + 0.3 * len(drawn)), layout="constrained").add_subplot()
+    means = np.array([row.mean for row in drawn])
+    ends = np.array([[row.mean - row.low, row.high - row.mean] for row in drawn]).reshape(-1, 2).T
+    ax.errorbar(means, range(len(drawn)), xerr=ends, fmt="o", capsize=3)
+    ax.set(ylim=(len(drawn) - 0.5, -0.5))
+    ax.set_yticks(range(len(drawn)), [f"{names[row.label]}, group {row.group}: {row.size} samples" for row in drawn])
+    compared = drawn[0].compared if drawn else 0
+    ax.set_xlabel(f"mean, with intervals that hold together for {compared} groups (95 %)")
     return ax
 
 
@@ -294,6 +379,30 @@ def plot_usage(
     ax.set_xlabel(f"usage of its {num_proxies} proxies, the most used first; at the right: perplexity of the usage")
     if len(shown) < num_classes:
         ax.set_title(f"{'the first ' if classes is None else ''}{len(shown)} of {num_classes} classes")
+    return ax
+
+
+def _draw_rows(
+    images: Sequence[Any] | Array,
+    cells: Sequence[tuple[int, int, int]],
+    alphas: Sequence[float],
+    titles: Sequence[str],
+    count: int,
+    ax: Axes | None,
+) -> Axes:
+    """Images in rows with titles; each cell is a column, a row and the number of an image."""
+    pixels = {sample: _pixels(f"images[{sample}]", images[sample]) for _, _, sample in cells}
+    width_of_names = 0.5 + 0.1 * max(map(len, titles), default=0)
+    figsize = max(width_of_names + 0.7 * count, 4.5), 0.8 + 0.7 * len(titles)
+    ax = ax or plt.figure(figsize=figsize, layout="constrained").add_subplot()
+    for (x, y, sample), alpha in zip(cells, alphas, strict=True):
+        height, width = 0.46 * np.array(pixels[sample].shape[:2]) / max(pixels[sample].shape[:2])
+        extent = (x - width, x + width, y + height, y - height)
+        ax.imshow(pixels[sample], cmap="gray", vmin=0, vmax=1, extent=extent, alpha=alpha)
+    ax.set(xlim=(-0.5, count - 0.5), ylim=(len(titles) - 0.5, -0.5), xticks=[], frame_on=False)
+    ax.set_yticks(range(len(titles)), titles)
+    ax.tick_params(length=0)
+    ax.set_anchor("E")  # spare width goes to the names
     return ax
 
 

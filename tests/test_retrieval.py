@@ -169,6 +169,9 @@ def test_parts_of_a_task_have_nothing_in_common(bench, tmp_path):
 def test_image_tasks(name, bench, monkeypatch, tmp_path):
     datasets = pytest.importorskip("pytorch_metric_learning.datasets")
     dataset = {"cub": "CUB", "cars196": "Cars196", "sop": "StanfordOnlineProducts"}[name]
+    for folder in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(SystemExit, match=rf"{dataset} is not in .*{dataset}\('DIR', download=True\)"):
+            bench.tasks.IMAGE_TASKS[name](folder)
     Image.new("RGB", (40, 30)).save(tmp_path / "black.png")
     labels = {"train": np.arange(10).repeat(4), "test": np.arange(10, 13).repeat(4)}
     found = {part: SimpleNamespace(paths=[tmp_path / "black.png"] * len(of), labels=of) for part, of in labels.items()}

@@ -291,6 +291,22 @@ def test_several_losses(text_data, tmp_path):
     assert same(whole.loss["a"].state_dict(), resumed.loss["a"].state_dict())
 
 
+@pytest.mark.slow
+def test_another_wording_is_a_better_view_than_dropout(text_data, tmp_path):
+    """As docs/guide.md says."""
+    whole_batches = {"gradient_accumulation_steps": 1, "per_device_train_batch_size": 48}
+    of_views = {}
+    for views in VIEWS:
+        trainer = make_trainer(
+            text_data, tmp_path, views, max_steps=-1, num_train_epochs=15, save_strategy="no", **whole_batches
+        )
+        train(trainer)
+        of_views[views] = text_data.map_at_r(trainer.model)
+    untrained = text_data.map_at_r(text_data.make_model())
+    assert of_views["two columns"] > 1.5 * of_views["one"] > 3 * untrained
+    assert of_views["dropout"] < 1.2 * of_views["one"]
+
+
 TWO_PROCESSES = """
 import os, sys, torch, warnings
 warnings.filterwarnings("error", module="pml_multiproxy")

@@ -186,7 +186,11 @@ def image_task(name, folder):
     """The usual split by classes; a fifth of the training classes are for validation."""
     from pytorch_metric_learning import datasets  # which not all versions that we support have
 
-    train, test = (getattr(datasets, name)(folder, split=split) for split in ("train", "test"))
+    try:
+        train, test = (getattr(datasets, name)(folder or ".", split=split) for split in ("train", "test"))
+    except (ValueError, FileNotFoundError) as error:
+        how = f"from pytorch_metric_learning.datasets import {name}; {name}('DIR', download=True)"
+        raise SystemExit(f"{name} is not in {folder or '.'} ({error}). Into an empty folder: {how}") from error
     labels, test_labels = torch.tensor(train.labels), torch.tensor(test.labels)
     classes = labels.unique()
     chosen = classes[torch.randperm(len(classes), generator=torch.Generator().manual_seed(0))[: len(classes) // 5]]

@@ -1,0 +1,149 @@
+"""Groups in the samples of one class: clusters around its proxies, merged until they are far apart.
+
+All distances are squared and follow from the size, mean and variance of each cluster, so that no matrix of all pairs of
+samples is needed.
+"""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.sparse import csr_array
+
+Floats = NDArray[np.float64]
+Integers = NDArray[Any]
+
+LEAST_EXPLAINED = 0.7
+"""Groups leave at most the rest of the mean squared distance between the samples of a class. Chosen on the validation
+parts of benchmarks/inspection: below, characters of Omniglot are joined; above, digits are split."""
+
+
+class Clusters(NamedTuple):
+    sizes: Floats
+    means: Floats
+    variances: Floats
+
+
+class Found(NamedTuple):
+    """The groups of one class, numbered from 0, the largest first."""
+
+    group: Integers
+    """``(N,)``"""
+    of_proxy: Integers
+    """``(K,)``: the group that most samples of each proxy are in, -1 for proxies that are nearest to no sample."""
+    nearest: list[Integers]
+    """The places of the samples of each group, those nearest to its mean first."""
+
+
+def find(points: Floats, proxies: Integers, per_class: int, number: int | None) -> Found:
+    """The groups of the samples of one class.
+
+    Args:
+        points: ``(N, D)``.
+        proxies: ``(N,)``, in ``[0, K)``: the proxy that each is nearest to.
+        per_class: ``K``.
+        number: of groups; ``None``: where the silhouette is highest among those that explain enough.
+    """
+    from sklearn.cluster import KMeans  # slow to import
+
+    clusters = _summarize(points, proxies)
+    steps = list(_merge(clusters))
+    centers = _join(clusters, _best(clusters, steps) if number is None else steps[-number:][0]).means
+    # Proxies cut groups at boundaries of their own, so samples move to the nearest group.
+    fitted = KMeans(len(centers), init=centers, n_init=1).fit(points)
+    names, sizes = np.unique(fitted.labels_, return_counts=True)
+    names = names[np.argsort(-sizes, kind="stable")]
+    group = np.argsort(names)[np.unique(fitted.labels_, return_inverse=True)[1]]
+    votes = np.zeros((per_class, len(names)))
+    np.add.at(votes, (proxies, group), 1)
+    to_center = np.linalg.norm(points - fitted.cluster_centers_[fitted.labels_], axis=1)
+    order = np.argsort(to_center, kind="stable")
+    nearest = [order[group[order] == place] for place in range(len(names))]
+    return Found(group, np.where(votes.any(axis=1), votes.argmax(axis=1), -1), nearest)
+
+
+def _best(clusters: Clusters, steps: list[Integers]) -> Integers:
+    shares = np.array([_explained(clusters, step) for step in steps])
+    enough = min(LEAST_EXPLAINED, shares.max())
+    return max(
+        (step for step, share in zip(steps, shares, strict=True) if share >= enough),
+        key=lambda step: _silhouette(clusters, step),
+    )
+
+
+def _merge(clusters: Clusters) -> Iterator[Integers]:
+    """Average linkage: which cluster each is part of, ``(K,)``, before and after each merger, from ``K`` to one."""
+    sizes, parts = clusters.sizes.copy(), np.arange(len(clusters.sizes))
+    distances = _squared(clusters.means, clusters.means) + clusters.variances[:, None] + clusters.variances
+    np.fill_diagonal(distances, np.inf)
+    yield parts
+    for _ in sizes[1:]:
+        kept, gone = np.unravel_index(distances.argmin(), distances.shape)
+        total = sizes[kept] + sizes[gone]
+        row = (sizes[kept] * distances[kept] + sizes[gone] * distances[gone]) / total
+        row[[kept, gone]] = np.inf
+        distances[kept], distances[:, kept] = row, row
+        distances[gone], distances[:, gone] = np.inf, np.inf
+        sizes[kept] = total
+        parts = np.where(parts == gone, kept, parts)
+        yield parts
+
+
+def _explained(clusters: Clusters, parts: Integers) -> float:
+    """By how much the mean squared distance between samples of a cluster is below that between samples of the class."""
+    joined, whole = _join(clusters, parts), _join(clusters, np.zeros_like(parts))
+    several = joined.sizes > 1
+    if not several.any():
+        return 1.0
+    pairs = joined.variances[several] * joined.sizes[several] / (joined.sizes[several] - 1)
+    of_class = whole.variances * whole.sizes / (whole.sizes - 1)
+    return float(1 - np.average(pairs, weights=joined.sizes[several]) / max(of_class[0], np.finfo(float).tiny))
+
+
+def _silhouette(clusters: Clusters, parts: Integers) -> float:
+    """Mean over the clusters of how much nearer their samples are to the mean of their own group than to the next."""
+    joined, own = _join(clusters, parts), np.unique(parts, return_inverse=True)[1]
+    if len(joined.sizes) == 1:
+        return -1.0
+    distances = _squared(clusters.means, joined.means) + clusters.variances[:, None]
+    places = np.arange(len(own))
+    to_own = distances[places, own]
+    distances[places, own] = np.inf
+    to_next = distances.min(axis=1)
+    values = (to_next - to_own) / np.maximum(np.maximum(to_next, to_own), np.finfo(float).tiny)
+    return float(np.average(values, weights=clusters.sizes))
+
+
+def _summarize(points: Floats, clusters: Integers) -> Clusters:
+    each = Clusters(np.ones(len(points)), points, np.zeros(len(points)))
+    return _join(each, clusters)
+
+
+def _join(clusters: Clusters, parts: Integers) -> Clusters:
+    """The clusters that those with the same number in ``parts`` form together, in the order of the numbers."""
+    own = np.unique(parts, return_inverse=True)[1]
+    sizes = np.bincount(own, clusters.sizes)
+    means = csr_array((clusters.sizes, (own, np.arange(len(own))))) @ clusters.means / sizes[:, None]
+    spread = clusters.variances + ((clusters.means - means[own]) ** 2).sum(axis=1)
+    return Clusters(sizes, means, np.bincount(own, clusters.sizes * spread) / sizes)
+
+
+def _squared(points: Floats, others: Floats) -> Floats:
+    from sklearn.metrics.pairwise import euclidean_distances
+
+    result: Floats = euclidean_distances(points, others, squared=True)
+    return result
+
+
+def wilson(mean: float, size: int, z: float) -> tuple[float, float]:
+    """The interval of a share around ``mean`` of ``size`` samples."""
+    center = (mean + z**2 / (2 * size)) / (1 + z**2 / size)
+    half = z * np.sqrt(mean * (1 - mean) / size + z**2 / (4 * size**2)) / (1 + z**2 / size)
+    return float(max(center - half, 0)), float(min(center + half, 1))
+
+
+def normal_interval(values: Floats, z: float) -> tuple[float, float]:
+    """The interval of the mean of ``values``; unbounded for a single one."""
+    half = z * values.std(ddof=1) / np.sqrt(len(values)) if len(values) > 1 else np.inf
+    return float(values.mean() - half), float(values.mean() + half)

@@ -138,21 +138,6 @@ def test_backward_within_autocast_is_that_without(way):
         torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("distance", ["cosine", "L2"])
-@pytest.mark.parametrize("per_chunk", [None, 1])
-def test_embeddings_of_inference_mode_train_the_proxies(distance, per_chunk):
-    loss_func = make(distance=make_distance(distance), classes_per_chunk=per_chunk)
-    other, (embeddings, labels) = copy.deepcopy(loss_func), batch()
-    other(embeddings.detach(), labels).backward()
-    with torch.inference_mode():
-        embeddings, labels = embeddings * 1, labels * 1
-    mined = (labels[:1], labels[:1], labels[:1])
-    loss_func(embeddings, labels, (torch.tensor([]),) * 3).backward()
-    torch.testing.assert_close(loss_func.proxies.grad, other.proxies.grad)
-    assert loss_func.proxy_usage.equal(other.proxy_usage)
-    loss_func(embeddings, labels, mined).backward()
-
-
 @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
 @pytest.mark.parametrize("way", WAYS)
 def test_transforms_of_torch_func_and_forward_mode(way):

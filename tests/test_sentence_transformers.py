@@ -36,8 +36,6 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 VIEWS = {"one": (1, ["text"]), "dropout": (2, ["text"]), "two columns": (2, ["text", "other_wording"])}
 WRAPPERS = {
     "none": lambda model, loss: loss,
-    "AdaptiveLayerLoss": AdaptiveLayerLoss,
-    "MatryoshkaLoss": lambda model, loss: MatryoshkaLoss(model, loss, [32, 16]),
     "Matryoshka2dLoss": lambda model, loss: Matryoshka2dLoss(model, loss, [32, 16]),
 }
 

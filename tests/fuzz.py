@@ -79,8 +79,9 @@ def draw(seed):
         integers=one_of(torch.int64, torch.int32, torch.uint8),
         strides=one_of((0, 0), (0, 0), (0, 1), (1, 2)),
         not_finite=batch > 0 and rng.random() < 0.1,
-        mined=one_of(None, None, None, 0, 2, 3, 4),
+        mined=one_of(None, None, None, (0, 0, 0), (3, 3), (1, 1, 1), (2, 2, 5, 5)) if batch else None,
         reducer=one_of("mean", *REDUCERS),
+        class_weights=torch.linspace(0.5, 1.5, num_classes),
         statistics=rng.random() < 0.3,
         regularized=batch > 0 and vectors != "any length" and rng.random() < 0.2,
         wants=one_of("both", "both", "both", "embeddings", "proxies"),
@@ -100,10 +101,6 @@ class Doubled(MultiProxyEntropyLoss):
         return result
 
 
-def class_weights(case):
-    return torch.linspace(0.5, 1.5, case.num_classes)
-
-
 def make(case, chunk=None):
     """The loss, the leaf of the embeddings, the function from it to the embeddings, labels and a miner's tuple."""
     torch.manual_seed(case.seed)
@@ -114,7 +111,7 @@ def make(case, chunk=None):
         **({} if case.set_later else case.settings),
         classes_per_chunk=chunk,
         distance=cls(collect_stats=case.statistics, **arguments),
-        reducer=REDUCERS[case.reducer][0](class_weights(case)),
+        reducer=REDUCERS[case.reducer][0](case.class_weights),
         collect_stats=case.statistics,
         **{"weight_regularizer": regularizer, "weight_reg_weight": 0.3},
         **{"embedding_regularizer": regularizer, "embedding_reg_weight": 0.2},
@@ -133,9 +130,7 @@ def make(case, chunk=None):
     source.requires_grad_(case.wants != "proxies" and case.layout != "inference")
     with torch.inference_mode(case.layout == "inference"):
         labels = torch.randint(case.num_classes, (case.batch // views,), dtype=case.integers).repeat(views)
-        count, mined = int(torch.randint(1, 6, ())) if case.mined else 0, None
-        if case.mined is not None and case.batch:
-            mined = tuple(torch.randint(case.batch, (count,), dtype=case.integers) for _ in range(case.mined or 4))
+        mined = case.mined and tuple(torch.randint(case.batch, (n,), dtype=case.integers) for n in case.mined)
     return loss_func, source, partial(view, b=case.batch, d=case.embedding_size), labels, mined
 
 
@@ -185,7 +180,7 @@ def evaluate(case, made, noise=0.0, seed=0):
 
     terms = reference.terms(s, labels, loss_func.proxy_usage, settings, case.mode == "train", of_samples, of_proxies)
     weighted = terms.losses * reference.miner_weights(mined, case.batch) * (2 if case.doubled else 1)
-    loss = REDUCERS[case.reducer][1](weighted, class_weights(case).double()[labels]) if case.batch else 0 * x.sum()
+    loss = REDUCERS[case.reducer][1](weighted, case.class_weights.double()[labels]) if case.batch else 0 * x.sum()
     if case.regularized:
         loss = loss + 0.3 * w.norm(dim=1).mean() + 0.2 * x.norm(dim=1).mean()
 

@@ -4,6 +4,7 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from unittest import mock
 
+import numpy as np
 import reference
 import torch
 from pytorch_metric_learning import distances
@@ -36,6 +37,14 @@ DISTANCES = {
     "SNR": (distances.SNRDistance, {}, reference.minus_snr),
 }
 """By name: the class, its arguments, and the similarity of the reference."""
+
+
+ARRAYS = {
+    "reversed": lambda array: array[::-1].copy()[::-1],
+    "read-only": lambda array: np.frombuffer(array.tobytes(), array.dtype).reshape(array.shape),
+    "big-endian": lambda array: array.astype(array.dtype.newbyteorder(">")),
+}
+"""By name: an array of the same values that torch does not take as it is."""
 
 
 def make_distance(name):

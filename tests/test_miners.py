@@ -6,19 +6,12 @@ import re
 
 import pytest
 import torch
-from pytorch_metric_learning import distances, losses
+from cases import DISTANCES, make_distance
+from pytorch_metric_learning import losses
 from pytorch_metric_learning.utils import loss_and_miner_utils
 
 from pml_multiproxy import MultiProxyEntropyLoss
 from pml_multiproxy.miners import MultiProxyMiner
-
-DISTANCES = {
-    "cosine": distances.CosineSimilarity,
-    "dot product": lambda: distances.DotProductSimilarity(normalize_embeddings=False),
-    "L2": distances.LpDistance,
-    "L1 squared, not normalized": lambda: distances.LpDistance(p=1, power=2, normalize_embeddings=False),
-    "SNR": distances.SNRDistance,
-}
 
 
 def similarity(loss_func, x, w):
@@ -54,7 +47,7 @@ def pairs(mined):
 @torch.no_grad()
 def test_definition(distance):
     """Within a batch, among references, and for a batch that is its own references."""
-    loss_func = MultiProxyEntropyLoss(4, 6, 3, distance=DISTANCES[distance]()).double()
+    loss_func = MultiProxyEntropyLoss(4, 6, 3, distance=make_distance(distance)).double()
     embeddings, labels = torch.randn(15, 6).double(), torch.randint(4, (15,))
     for margin in (0.0, 0.3, -0.2):
         for given in ((), (torch.randn(9, 6).double(), torch.randint(3, (9,))), (embeddings, labels)):

@@ -68,12 +68,6 @@ def test_items_keep_their_structure():
     assert x_and_label(batch)[1].tolist() == [0, 1, 2, 0, 1, 2]
 
 
-def test_last_batch():
-    batches = list(DataLoader(ViewsDataset(Noisy(), 2), batch_size=5, collate_fn=stack_views))
-    assert [len(x) for x, _ in batches] == [10, 10, 4]
-    assert all(labels[: len(labels) // 2].equal(labels[len(labels) // 2 :]) for _, labels in batches)
-
-
 @pytest.mark.parametrize("context", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
 def test_workers_draw_different_numbers(context):
     """In each of two workers and two epochs, with the generators of torch, random and numpy."""

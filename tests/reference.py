@@ -61,33 +61,31 @@ def terms(s, labels, usage, settings, training, of_samples, of_proxies):
     _, num_classes, per_class = s.shape
     rows, views = torch.arange(len(labels)), settings.views
     log_q = (s[rows, labels] / settings.temperature).log_softmax(dim=1)
-    q = log_q.exp()
+    found = SimpleNamespace(usage=usage, q=log_q.exp())
     if training:
-        usage = updated_usage(usage, q, labels, settings.usage_momentum)
-    z = pool(s, settings.pooling, settings.scale, settings.temperature)
+        found.usage = updated_usage(usage, found.q, labels, settings.usage_momentum)
+    found.z = pool(s, settings.pooling, settings.scale, settings.temperature)
     margin = settings.margin * one_hot(labels, num_classes).to(s.dtype)
-    classification = -(settings.scale * (z - margin)).log_softmax(dim=1)[rows, labels]
-    log_p = (settings.scale * z).log_softmax(dim=1)
-    inter = -(log_p.exp() * log_p).sum(dim=1)
+    found.classification = -(settings.scale * (found.z - margin)).log_softmax(dim=1)[rows, labels]
+    log_p = (settings.scale * found.z).log_softmax(dim=1)
+    found.inter = -(log_p.exp() * log_p).sum(dim=1)
     by_view = log_q.unflatten(0, (views, -1))
     across = -torch.einsum("aik,bik->iab", by_view.exp(), by_view)
     others = 1 - torch.eye(views, dtype=s.dtype) if views > 1 else torch.ones(1, 1, dtype=s.dtype)
-    intra = ((across * others).sum(dim=2) / max(views - 1, 1)).T.flatten()
-    balance = math.log(per_class) + (q * usage.double().clamp_min(1e-6).log()[labels]).sum(dim=1)
-    neighbors = torch.zeros_like(intra)
+    found.intra = ((across * others).sum(dim=2) / max(views - 1, 1)).T.flatten()
+    log_usage = found.usage.double().clamp_min(1e-6).log()
+    found.balance = math.log(per_class) + (found.q * log_usage[labels]).sum(dim=1)
+    found.neighbors = torch.zeros_like(found.intra)
     if settings.neighbor_weight and len(labels):
-        neighbors = neighbor_losses(q, of_samples, of_proxies, labels, settings)
-    losses = (
-        classification
-        + settings.intra_weight * intra
-        + settings.inter_weight * (math.log(num_classes) - inter)
-        + settings.balance_weight * balance
-        + settings.neighbor_weight * neighbors
+        found.neighbors = neighbor_losses(found.q, of_samples, of_proxies, labels, settings)
+    found.losses = (
+        found.classification
+        + settings.intra_weight * found.intra
+        + settings.inter_weight * (math.log(num_classes) - found.inter)
+        + settings.balance_weight * found.balance
+        + settings.neighbor_weight * found.neighbors
     )
-    return SimpleNamespace(
-        losses=losses, classification=classification, intra=intra, inter=inter, balance=balance, neighbors=neighbors,
-        q=q, z=z, usage=usage,
-    )  # fmt: skip
+    return found
 
 
 def neighbor_losses(q, of_samples, of_proxies, labels, settings):

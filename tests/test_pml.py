@@ -218,6 +218,7 @@ def test_starts_on_the_meta_device(batch):
     assert loss_func(*batch).equal(expected(*batch))
 
 
+@pytest.mark.slow
 def test_register_is_idempotent_and_importing_changes_nothing():
     code = """
 from pytorch_metric_learning import losses, miners, regularizers

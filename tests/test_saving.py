@@ -174,6 +174,7 @@ MultiProxyEntropyLoss(3, 8, scale=20).save(sys.argv[1])
 """
 
 
+@pytest.mark.slow
 def test_a_killed_process_leaves_the_old_file(path):
     MultiProxyEntropyLoss(3, 8, scale=5).save(path)
     before = path.read_bytes()

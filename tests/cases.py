@@ -1,47 +1,55 @@
 """What many tests go over: distances with their reference, and the implementations of the loss."""
 
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from unittest import mock
 
+import numpy as np
 import reference
 import torch
 from pytorch_metric_learning import distances
 
 from pml_multiproxy import _step
 
+
+class BentCosine(distances.CosineSimilarity):
+    """A subclass of the cosine that computes something else."""
+
+    def compute_mat(self, query_emb, ref_emb):
+        return super().compute_mat(query_emb, ref_emb) + 0.1 * query_emb.square() @ ref_emb.T
+
+
+def bent_cosine(x, w):
+    x, w = reference.unit(x), reference.unit(w)
+    return reference.dot(x + 0.1 * x.square(), w)
+
+
+RAW = {"normalize_embeddings": False}
 DISTANCES = {
     "cosine": (distances.CosineSimilarity, {}, reference.cosine),
-    "cosine squared": (distances.CosineSimilarity, {"power": 2}, lambda x, w: reference.cosine(x, w) ** 2),
-    "dot product": (distances.DotProductSimilarity, {"normalize_embeddings": False}, reference.dot),
+    "L1 cosine cubed": (distances.CosineSimilarity, {"p": 1, "power": 3}, partial(reference.cosine, p=1, power=3)),
+    "bent cosine": (BentCosine, {}, bent_cosine),
+    "dot product": (distances.DotProductSimilarity, RAW, reference.dot),
     "L2": (distances.LpDistance, {}, reference.minus_lp(2)),
     "L1 squared": (distances.LpDistance, {"p": 1, "power": 2}, reference.minus_lp(1, power=2)),
-    "L3, not normalized": (
-        distances.LpDistance,
-        {"p": 3, "normalize_embeddings": False},
-        reference.minus_lp(3, normalized=False),
-    ),
+    "L3, raw": (distances.LpDistance, {"p": 3, **RAW}, reference.minus_lp(3, normalized=False)),
+    "L2 squared, raw": (distances.LpDistance, {"power": 2, **RAW}, reference.minus_lp(2, 2, normalized=False)),
     "SNR": (distances.SNRDistance, {}, reference.minus_snr),
 }
 """By name: the class, its arguments, and the similarity of the reference."""
 
 
+ARRAYS = {
+    "reversed": lambda array: array[::-1].copy()[::-1],
+    "read-only": lambda array: np.frombuffer(array.tobytes(), array.dtype).reshape(array.shape),
+    "big-endian": lambda array: array.astype(array.dtype.newbyteorder(">")),
+}
+"""By name: an array of the same values that torch does not take as it is."""
+
+
 def make_distance(name):
     cls, arguments, _ = DISTANCES[name]
     return cls(**arguments)
-
-
-class LearnedDistance(distances.BaseDistance):
-    """A Mahalanobis distance with a learned factor."""
-
-    def __init__(self):
-        super().__init__(normalize_embeddings=False)
-        self.matrix = torch.nn.Parameter(
-            torch.eye(6) + 0.1 * torch.randn(6, 6, generator=torch.Generator().manual_seed(3))
-        )
-        self.factor = torch.nn.Parameter(torch.tensor(0.7))
-
-    def compute_mat(self, query_emb, ref_emb):
-        return self.factor * torch.cdist(query_emb @ self.matrix, ref_emb @ self.matrix).square()
 
 
 @contextmanager

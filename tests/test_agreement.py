@@ -7,6 +7,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 import torch
+from cases import ARRAYS
 from scipy.special import rel_entr
 from sklearn.metrics import adjusted_mutual_info_score
 from torch import nn
@@ -96,30 +97,17 @@ def test_losses_agree_as_their_assignments_do_and_do_not_change(trainings):
     assert all(loss.training and loss.proxy_usage.equal(usage) for loss, usage in zip(losses, before, strict=True))
 
 
-CONVERT = {
-    "list": np.ndarray.tolist,
-    "reversed": lambda array: array[::-1].copy()[::-1],
-    "read-only": lambda array: np.frombuffer(array.tobytes(), array.dtype).reshape(array.shape),
-    "big-endian": lambda array: array.astype(array.dtype.newbyteorder(">")),
-}
-
-
-@pytest.mark.parametrize("kind", CONVERT)
-def test_takes_tensors_arrays_and_lists(kind, trainings):
+@pytest.mark.parametrize("make", [np.ndarray.tolist, *ARRAYS.values()], ids=["list", *ARRAYS])
+def test_takes_tensors_arrays_and_lists(make, trainings):
     losses, embeddings, labels = trainings
-    runs, convert = torch.randint(3, (2, 80)), lambda tensor: CONVERT[kind](tensor.numpy())
+    runs, convert = torch.randint(3, (2, 80)), lambda tensor: make(tensor.numpy())
     of_runs = assignment_agreement([convert(run) for run in runs], convert(labels))
     assert of_runs == assignment_agreement(runs, labels)
-    of_losses = proxy_agreement(losses, [convert(x) for x in embeddings], convert(labels))
-    assert of_losses == proxy_agreement(losses, embeddings, labels)
-
-
-def test_another_default_device_does_not_matter(trainings):
-    losses, embeddings, labels = trainings
     expected = proxy_agreement(losses, embeddings, labels)
-    with torch.device("meta"):
-        assert proxy_agreement(losses, embeddings, labels) == expected
-        assert proxy_agreement(losses, embeddings.numpy(), labels.numpy()) == expected
+    for device in ("cpu", "meta"):  # the default device does not matter
+        with torch.device(device):
+            assert proxy_agreement(losses, [convert(x) for x in embeddings], convert(labels)) == expected
+            assert proxy_agreement(losses, embeddings, labels) == expected
 
 
 x, y, run = torch.zeros(2, 40, 8), torch.arange(40) % 2, torch.arange(40) % 3

@@ -43,7 +43,7 @@ def test_data_parallel_is_one_process_with_the_whole_batch(group):
     one, model = pair_of_models(group, margin=0.1)
     parallel = DistributedDataParallel(model, process_group=group)
     optimizers = [torch.optim.Adam(m.parameters(), lr=0.01) for m in (one, parallel)]
-    for inputs, labels in batches(steps=60, sizes=[6] * size):
+    for inputs, labels in batches(steps=20, sizes=[6] * size):
         losses = one(torch.cat(inputs), torch.cat(labels)), parallel(inputs[rank], labels[rank])
         for optimizer, loss in zip(optimizers, losses, strict=True):
             optimizer.zero_grad()

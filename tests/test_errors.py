@@ -12,18 +12,17 @@ from pml_multiproxy import MultiProxyEntropyLoss
 
 nan, inf = float("nan"), float("inf")
 INT, POSITIVE, NOT_NEGATIVE = "an int of at least 1", "a finite number above 0", "a finite number of at least 0"
-POOLINGS = "one of 'max', 'softmax', 'logsumexp'"
-OUT_OF_RANGE = [
+WRONG_SETTINGS = [
     *((name, value, INT) for name in ("num_classes", "embedding_size", "proxies_per_class") for value in (0, -1)),
     *((name, 0, INT) for name in ("classes_per_chunk", "views")),
     *(("scale", value, POSITIVE) for value in (0, -1.0, nan, inf)),
     ("temperature", 0.0, POSITIVE),
-    *((name, -0.1, NOT_NEGATIVE) for name in ("intra_weight", "inter_weight", "balance_weight")),
+    *((name, -0.1, NOT_NEGATIVE) for name in ("intra_weight", "inter_weight", "balance_weight", "neighbor_weight")),
     *(("margin", value, "a finite number") for value in (nan, -inf)),
     *(("usage_momentum", value, "a number from 0 to 1") for value in (-0.1, 1.1, nan)),
-    *(("pooling", value, POOLINGS) for value in ("mean", None)),
+    *(("pooling", value, "one of 'max', 'softmax', 'logsumexp'") for value in ("mean", None)),
 ]
-WRONG_KIND = [
+WRONG_KINDS = [
     *(("num_classes", value, INT) for value in (2.0, True, None)),
     *((name, 2.0, INT) for name in ("classes_per_chunk", "views")),
     *(("scale", value, POSITIVE) for value in (None, True)),
@@ -32,19 +31,16 @@ WRONG_KIND = [
 ]
 
 
-@pytest.mark.parametrize(("name", "value", "allowed"), OUT_OF_RANGE)
-def test_settings_out_of_range(name, value, allowed):
-    arguments = {"num_classes": 3, "embedding_size": 8, name: value}
-    with pytest.raises(ValueError, match=re.escape(f"{name} must be {allowed}, got {value!r}")):
-        MultiProxyEntropyLoss(**arguments)
-
-
-@pytest.mark.parametrize(("name", "value", "allowed"), WRONG_KIND, ids=str)
-def test_settings_of_another_kind(name, value, allowed):
-    arguments = {"num_classes": 3, "embedding_size": 8, name: value}
-    message = f"{name} must be {allowed}, got {value!r} of type {type(value).__name__}"
-    with pytest.raises(TypeError, match=re.escape(message)):
-        MultiProxyEntropyLoss(**arguments)
+@pytest.mark.parametrize(
+    ("name", "value", "allowed", "error"),
+    [*((*case, ValueError) for case in WRONG_SETTINGS), *((*case, TypeError) for case in WRONG_KINDS)],
+    ids=str,
+)
+def test_settings(name, value, allowed, error):
+    message = f"{name} must be {allowed}, got {value!r}"
+    message += f" of type {type(value).__name__}" if error is TypeError else ""
+    with pytest.raises(error, match=re.escape(message)):
+        MultiProxyEntropyLoss(**{"num_classes": 3, "embedding_size": 8, name: value})
 
 
 def test_usage_group():

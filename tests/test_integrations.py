@@ -12,7 +12,7 @@ from torch.distributed import fsdp
 from two_processes import NO_THREAD_OF_GLOO_IS_LEFT, run_on_two_processes
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
-RECIPES = {"train_lightning": ["lightning"], "train_accelerate": ["accelerate"], "train_fsdp2": []}
+RECIPES = {"train_lightning": "lightning", "train_accelerate": "accelerate"}
 
 
 def skip_without(*packages):
@@ -50,9 +50,6 @@ def script(module, calls):
 
 def check_resuming(tmp_path, recipe, processes):
     """After two epochs, one more is as the third of three; returns MAP@R and the sum of the proxies."""
-    skip_without(*RECIPES[recipe])
-    if recipe == "train_fsdp2" and not hasattr(fsdp, "fully_shard"):
-        pytest.skip("fully_shard is public from torch 2.6 on")
     extra = ["--processes", processes] if recipe == "train_lightning" else []
     whole = ["--epochs", 3, *extra]
     resumed = [["--epochs", epochs, "--checkpoints", tmp_path / "saved", *extra] for epochs in (2, 3)]
@@ -64,22 +61,43 @@ def check_resuming(tmp_path, recipe, processes):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_recipe_resumes_exactly(tmp_path, recipe):
-    check_resuming(tmp_path, recipe, processes=1)
+def test_recipe_resumes_exactly(tmp_path, recipe, processes):
+    skip_without(RECIPES[recipe])
+    check_resuming(tmp_path, recipe, processes)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_recipe_resumes_exactly_on_two_processes(tmp_path, recipe):
-    check_resuming(tmp_path, recipe, processes=2)
-
-
-@pytest.mark.slow
-def test_fsdp2_does_the_same_on_one_and_two_processes(tmp_path):
+@pytest.mark.skipif(not hasattr(fsdp, "fully_shard"), reason="public from torch 2.6 on")
+def test_fsdp2_resumes_exactly_and_does_the_same_on_one_and_two_processes(tmp_path):
     """Whose batches hold the same samples together, and whose network has no batch statistics."""
     results = []
     for processes in (1, 2):
         (tmp_path / str(processes)).mkdir()
         results.append(check_resuming(tmp_path / str(processes), "train_fsdp2", processes))
     assert results[1] == pytest.approx(results[0], rel=0.03)
+<<<<<<< HEAD
+=======
+
+
+def text_table(printed):
+    return {name: float(value) for name, value in re.findall(r"\| ([\w ]+) \| ([\d.]+) \|", printed)}
+
+
+@pytest.mark.slow
+def test_text_example_on_two_processes(tmp_path):
+    skip_without("sentence_transformers", "datasets", "accelerate")
+    arguments = ["--epochs", 3, "--views", "one view"]
+    printed = run(tmp_path, "text_sentence_transformers", arguments, processes=2)
+    assert printed.count("| none |") == printed.count("| one view |") == 1
+    assert 0 < text_table(printed)["none"] < text_table(printed)["one view"]
+
+
+@pytest.mark.slow
+def test_text_example_shows_what_views_are_worth(tmp_path):
+    skip_without("sentence_transformers", "datasets", "accelerate")
+    table = text_table(run(tmp_path, "text_sentence_transformers", ["--checkpoints", tmp_path / "saved"]))
+    assert table["second wording as second view"] > 1.5 * table["one view"] > 3 * table["none"]
+    assert table["dropout as second view"] < 1.2 * table["one view"]  # as docs/guide.md says
+>>>>>>> tests

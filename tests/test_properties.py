@@ -30,7 +30,8 @@ def test_entropies_lie_within_their_bounds(seed, batch, count, magnitude, settin
 @given(seed=seeds, batch=sizes, classes=sizes, per_class=sizes, pooling=poolings, training=st.booleans())
 def test_order_of_classes_proxies_and_samples_does_not_matter(seed, batch, classes, per_class, pooling, training):
     torch.manual_seed(seed)
-    loss_func = MultiProxyEntropyLoss(classes, 4, per_class, pooling=pooling, margin=0.1).double().train(training)
+    options = {"pooling": pooling, "margin": 0.1, "neighbor_weight": 0.7}
+    loss_func = MultiProxyEntropyLoss(classes, 4, per_class, **options).double().train(training)
     loss_func.proxy_usage.copy_(torch.rand(classes, per_class).softmax(dim=1))
     permuted = copy.deepcopy(loss_func)
     of_classes, of_samples = torch.randperm(classes), torch.randperm(batch)

@@ -1,7 +1,8 @@
-"""The regularizer against naive loops, its bounds, and its use inside losses."""
+"""The regularizer against its equation, its bounds, and its use inside losses."""
 
 import math
 
+import cases
 import pytest
 import pytorch_metric_learning
 import reference
@@ -18,34 +19,27 @@ TEMPERATURE = 0.3
 SIZE = 6
 
 
-class HalvedCosine(distances.CosineSimilarity):
-    def compute_mat(self, query_emb, ref_emb):
-        return super().compute_mat(query_emb, ref_emb) / 2
-
-
-# A distance, the similarity naively, and that of a proxy to itself (the naive gradient is 0 / 0 there).
 DISTANCES = {
-    "cosine": (distances.CosineSimilarity(), reference.cosine, 1),
-    "normalized dot product": (distances.DotProductSimilarity(), reference.cosine, 1),
-    "cosine cubed": (distances.CosineSimilarity(power=3), lambda x, w: reference.cosine(x, w) ** 3, 1),
-    "subclass of cosine": (HalvedCosine(), lambda x, w: reference.cosine(x, w) / 2, 0.5),
-    "L2": (distances.LpDistance(), reference.minus_lp(2), 0),
-    "L1, power=2": (distances.LpDistance(p=1, power=2), reference.minus_lp(1, power=2), 0),
-    "L1, power=0.5": (distances.LpDistance(p=1, power=0.5), reference.minus_lp(1, power=0.5), 0),
-    "L2 raw": (distances.LpDistance(normalize_embeddings=False), reference.minus_lp(2, normalized=False), 0),
-    "SNR": (distances.SNRDistance(), reference.minus_snr, 0),
+    **{name: case for name, case in cases.DISTANCES.items() if name != "dot product"},
+    "L1, power=0.5": (distances.LpDistance, {"p": 1, "power": 0.5}, reference.minus_lp(1, power=0.5)),
 }
-ONE_PER_WAY = ["cosine", "subclass of cosine", "L2"]  # the three ways in which similarities are computed
+ONE_PER_WAY = ["cosine", "bent cosine", "L2"]  # the three ways in which similarities are computed
 
 
-def naive(proxies, similarity, own, temperature):
-    """The penalties of proxies (C, K, D), one after the other."""
-    values = []
-    for of_class in proxies:
-        for k, w in enumerate(of_class):
-            to_siblings = [own + 0 * w.sum() if j == k else similarity(w, v) for j, v in enumerate(of_class)]
-            values.append(-reference.softmax([s / temperature for s in to_siblings])[k].log())
-    return torch.stack(values)
+def make_distance(name):
+    kind, arguments, _ = DISTANCES[name]
+    return kind(**arguments)
+
+
+def naive(proxies, name, temperature):
+    """The penalties of proxies (C, K, D)."""
+    kind, _, similarity = DISTANCES[name]
+    itself = torch.eye(proxies.shape[1]) == 1
+    # A distance has no gradient where it is 0, and some have no finite one.
+    own = similarity(proxies, proxies) if kind is not distances.LpDistance else proxies.new_zeros(proxies.shape[:2])
+    to_others = similarity(proxies.unsqueeze(2), proxies.unsqueeze(1) + itself.unsqueeze(2))
+    to_siblings = torch.where(itself, own.unsqueeze(2), to_others)
+    return -(to_siblings / temperature).log_softmax(dim=2).diagonal(dim1=1, dim2=2).flatten()
 
 
 def penalties(regularizer, weights):
@@ -58,16 +52,15 @@ def make_weights(classes, per_class, dtype=torch.float64):
 
 
 @pytest.mark.parametrize("distance", DISTANCES)
-def test_equals_naive_loops(distance):
+def test_equals_the_equation(distance):
     """Values and gradients, the latter with a weight for each proxy; also in the memory layout of SoftTripleLoss."""
-    kind, similarity, own = DISTANCES[distance]
     for classes, per_class in ((1, 4), (3, 1), (3, 2), (2 * ROWS_PER_CALL // 3 + 1, 3)):
         weights = make_weights(classes, per_class).T.contiguous().T.requires_grad_()
         coefficients = torch.arange(1.0, len(weights) + 1).double()
-        values = penalties(ProxyEntropyRegularizer(per_class, TEMPERATURE, distance=kind), weights)
+        values = penalties(ProxyEntropyRegularizer(per_class, TEMPERATURE, distance=make_distance(distance)), weights)
         (gradient,) = torch.autograd.grad(values @ coefficients, weights)
         proxies = weights.detach().reshape(classes, per_class, SIZE).requires_grad_()
-        expected = naive(proxies, similarity, own, TEMPERATURE)
+        expected = naive(proxies, distance, TEMPERATURE)
         (wanted,) = torch.autograd.grad(expected @ coefficients, proxies)
         torch.testing.assert_close(values, expected, rtol=1e-10, atol=1e-12)
         torch.testing.assert_close(gradient, wanted.flatten(0, 1), rtol=1e-10, atol=1e-11)
@@ -98,7 +91,7 @@ def test_cosine_is_finite_for_every_finite_input(dtype):
 @pytest.mark.parametrize("distance", DISTANCES)
 def test_equal_and_zero_proxies_cost_log_k(distance):
     """With a gradient of zero, although distances have a corner there; a zero proxy has cosine 0 also to itself."""
-    regularizer = ProxyEntropyRegularizer(3, distance=DISTANCES[distance][0])
+    regularizer = ProxyEntropyRegularizer(3, distance=make_distance(distance))
     row = make_weights(3, 1).requires_grad_()
     values = penalties(regularizer, row.repeat_interleave(3, dim=0))
     torch.testing.assert_close(values, torch.full_like(values, math.log(3)))
@@ -118,7 +111,7 @@ def test_default_temperature_as_documented():
 @pytest.mark.parametrize("distance", ONE_PER_WAY)
 def test_low_precision_and_autocast(distance, dtype):
     """All in float32, but for the rounding of the gradient to the dtype of the weights; autocast changes nothing."""
-    regularizer = ProxyEntropyRegularizer(4, TEMPERATURE, distance=DISTANCES[distance][0])
+    regularizer = ProxyEntropyRegularizer(4, TEMPERATURE, distance=make_distance(distance))
     weights = make_weights(3, 4, dtype).requires_grad_()
     exact = weights.detach().double().requires_grad_()
     values, expected = penalties(regularizer, weights), penalties(regularizer, exact)
@@ -134,7 +127,7 @@ def test_low_precision_and_autocast(distance, dtype):
 @pytest.mark.parametrize("distance", ONE_PER_WAY)
 def test_no_proxies_and_a_device_without_autocast(distance):
     for weights in (torch.zeros(0, SIZE, requires_grad=True), make_weights(3, 4).to("meta").requires_grad_()):
-        ProxyEntropyRegularizer(4, distance=DISTANCES[distance][0])(weights).backward()
+        ProxyEntropyRegularizer(4, distance=make_distance(distance))(weights).backward()
         assert weights.grad.shape == weights.shape
 
 
@@ -153,7 +146,7 @@ class Largest(TorchDispatchMode):
 def test_no_similarities_between_classes(distance):
     weights = make_weights(400, 4).requires_grad_()
     with Largest() as largest:
-        ProxyEntropyRegularizer(4, distance=DISTANCES[distance][0])(weights).backward()
+        ProxyEntropyRegularizer(4, distance=make_distance(distance))(weights).backward()
     assert largest.size == max(weights.numel(), ROWS_PER_CALL**2)
 
 
@@ -192,7 +185,7 @@ def test_as_weight_regularizer(name):
     value = loss_func(embeddings, labels)
     loss_func.weight_reg_weight = 0
     added = value - loss_func(embeddings, labels)
-    expected = 0.7 * naive(proxies, reference.cosine, 1, TEMPERATURE).mean()
+    expected = 0.7 * naive(proxies, "cosine", TEMPERATURE).mean()
     gradients = [torch.autograd.grad(total, parameter)[0] for total in (added, expected)]
     torch.testing.assert_close(added, expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)

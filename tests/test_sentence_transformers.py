@@ -36,8 +36,6 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 VIEWS = {"one": (1, ["text"]), "dropout": (2, ["text"]), "two columns": (2, ["text", "other_wording"])}
 WRAPPERS = {
     "none": lambda model, loss: loss,
-    "AdaptiveLayerLoss": AdaptiveLayerLoss,
-    "MatryoshkaLoss": lambda model, loss: MatryoshkaLoss(model, loss, [32, 16]),
     "Matryoshka2dLoss": lambda model, loss: Matryoshka2dLoss(model, loss, [32, 16]),
 }
 
@@ -240,7 +238,7 @@ def test_the_saved_loss_loads_as_the_docstring_says(text_data, tmp_path):
             exec(example, {"torch": torch, "loss_func": make(scale=20)})
 
 
-@pytest.mark.parametrize("views", VIEWS)
+@pytest.mark.parametrize("views", ["one", pytest.param("dropout", marks=pytest.mark.slow), "two columns"])
 @pytest.mark.parametrize("wrapper", ["none", pytest.param("Matryoshka2dLoss", marks=pytest.mark.slow)])
 def test_resuming_is_exact(text_data, tmp_path, views, wrapper):
     """To the bit: losses, parameters, usage and the optimizer's moments; also if the folder has moved."""

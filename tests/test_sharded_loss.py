@@ -113,7 +113,7 @@ def test_sharded_trains_as_one_process(group):
     sharded.network.load_state_dict(one.network.state_dict())
     parallel = DistributedDataParallel(sharded.network, process_group=group)
     optimizers = [torch.optim.Adam(model.parameters(), lr=0.01) for model in (one, sharded)]
-    for inputs, labels in batches(60, [5, 12], num_classes=7):
+    for inputs, labels in batches(20, [5, 12], num_classes=7):
         expected = one(torch.cat(inputs), torch.cat(labels))
         actual = sharded.loss_func(parallel(inputs[rank]), labels[rank])
         assert_close(actual, expected, 1e-8)

@@ -30,7 +30,7 @@ def test_warns_once_within_60_steps(options, batch):
         train(loss_func, batch, steps=60)
     assert len(caught) == 1
     torch.no_grad()(loss_func.proxies.add_)(1)
-    train(loss_func, batch, steps=110)
+    train(loss_func, batch, steps=60)
 
 
 def test_moved_while_it_counts(batch):
@@ -65,17 +65,17 @@ def test_trained_or_frozen_proxies_do_not_warn(optimizer, batch):
     loss_func = MultiProxyEntropyLoss(3, 8, 4)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        train(loss_func, batch, OPTIMIZERS[optimizer](loss_func.parameters(), 0.01), steps=110)
-        train(loss_func, batch, OPTIMIZERS[optimizer](loss_func.parameters(), 0.01), every=40, steps=120)
+        train(loss_func, batch, OPTIMIZERS[optimizer](loss_func.parameters(), 0.01), steps=60)
+        train(loss_func, batch, OPTIMIZERS[optimizer](loss_func.parameters(), 0.01), every=40, steps=90)
         loss_func.proxies.requires_grad_(False)
-        train(loss_func, batch, steps=110)
+        train(loss_func, batch, steps=60)
 
 
 def test_evaluation_and_calls_without_backward(batch):
     loss_func = MultiProxyEntropyLoss(3, 8, 4)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        train(loss_func.eval(), batch, steps=110)
+        train(loss_func.eval(), batch, steps=60)
         loss_func.zero_grad()
-        for _ in range(110):
+        for _ in range(60):
             loss_func.train()(*batch)

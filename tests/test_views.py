@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from pytorch_metric_learning import losses, samplers, testers, trainers
+from pytorch_metric_learning import samplers, testers, trainers
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from pml_multiproxy import MultiProxyEntropyLoss, MultiProxyMiner
@@ -66,12 +66,6 @@ def test_items_keep_their_structure():
     assert [part.shape for part in batch["image"]["both"]] == [(6, 1), (6, 4)]
     assert batch["name"] == ["sample 0", "sample 1", "sample 2"] * 2
     assert x_and_label(batch)[1].tolist() == [0, 1, 2, 0, 1, 2]
-
-
-def test_last_batch():
-    batches = list(DataLoader(ViewsDataset(Noisy(), 2), batch_size=5, collate_fn=stack_views))
-    assert [len(x) for x, _ in batches] == [10, 10, 4]
-    assert all(labels[: len(labels) // 2].equal(labels[len(labels) // 2 :]) for _, labels in batches)
 
 
 @pytest.mark.parametrize("context", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
@@ -165,12 +159,6 @@ def test_pml_trainer_sampler_and_tester(workers):
     assert (embeddings.shape, labels.shape) == ((12, 8), (12, 1))
 
 
-def test_mismatch_of_views_is_an_error_of_the_loss():
-    x, labels = next(iter(DataLoader(ViewsDataset(Noisy(), 3), batch_size=4, collate_fn=stack_views)))
-    with pytest.raises(ValueError, match="views = 2 blocks"):
-        MultiProxyEntropyLoss(3, 5, 4, views=2)(x, labels)
-
-
 class Elsewhere(torch.Tensor):
     """Labels that say that they are on a GPU."""
 
@@ -197,26 +185,3 @@ def test_miner_pairs_views_at_one_proxy_and_no_others():
     anchors, positives, _, negatives = MultiProxyMiner(loss_func)(embeddings, labels)
     assert set(zip(anchors.tolist(), positives.tolist(), strict=True)) == {(0, 3), (3, 0), (2, 5), (5, 2)}
     assert len(negatives) == 0
-
-
-@pml_bar
-def test_pair_loss_joined_by_the_miner():
-    pair_loss = losses.MultiSimilarityLoss
-    proxies = MultiProxyEntropyLoss(3, 8, 4, views=2)
-    both = losses.MultipleLosses(
-        {"proxies": proxies, "pairs": pair_loss()},
-        miners={"pairs": MultiProxyMiner(proxies)},
-        weights={"proxies": 1, "pairs": 0.1},
-    )
-    embeddings, labels = torch.randn(12, 8), torch.arange(6).repeat(2) % 3
-    usage = proxies.proxy_usage.clone()
-    proxies.eval()  # so that all calls find the same usage
-    mined = MultiProxyMiner(proxies)(embeddings, labels)
-    expected = proxies(embeddings, labels) + 0.1 * pair_loss()(embeddings, labels, mined)
-    torch.testing.assert_close(both(embeddings, labels), expected)
-
-    proxies.train()
-    before = proxies.proxies.detach().clone()
-    train(ViewsDataset(Noisy(), 2), both)
-    assert not proxies.proxy_usage.equal(usage)
-    assert not proxies.proxies.equal(before)

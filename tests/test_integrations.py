@@ -77,27 +77,3 @@ def test_fsdp2_resumes_exactly_and_does_the_same_on_one_and_two_processes(tmp_pa
         (tmp_path / str(processes)).mkdir()
         results.append(check_resuming(tmp_path / str(processes), "train_fsdp2", processes))
     assert results[1] == pytest.approx(results[0], rel=0.03)
-<<<<<<< HEAD
-=======
-
-
-def text_table(printed):
-    return {name: float(value) for name, value in re.findall(r"\| ([\w ]+) \| ([\d.]+) \|", printed)}
-
-
-@pytest.mark.slow
-def test_text_example_on_two_processes(tmp_path):
-    skip_without("sentence_transformers", "datasets", "accelerate")
-    arguments = ["--epochs", 3, "--views", "one view"]
-    printed = run(tmp_path, "text_sentence_transformers", arguments, processes=2)
-    assert printed.count("| none |") == printed.count("| one view |") == 1
-    assert 0 < text_table(printed)["none"] < text_table(printed)["one view"]
-
-
-@pytest.mark.slow
-def test_text_example_shows_what_views_are_worth(tmp_path):
-    skip_without("sentence_transformers", "datasets", "accelerate")
-    table = text_table(run(tmp_path, "text_sentence_transformers", ["--checkpoints", tmp_path / "saved"]))
-    assert table["second wording as second view"] > 1.5 * table["one view"] > 3 * table["none"]
-    assert table["dropout as second view"] < 1.2 * table["one view"]  # as docs/guide.md says
->>>>>>> tests

@@ -74,6 +74,11 @@ def test_groups_are_found_again_by_a_second_training_of_another_size():
     assert find_groups(first, embeddings, labels).records[0].found_again is None
 
 
+def test_a_class_without_groups_is_one():
+    embeddings, labels = torch.randn(32) + torch.randn(300, 32) / 4, torch.zeros(300).long()
+    assert len(find_groups(started(embeddings, labels), embeddings, labels).records) == 1
+
+
 def test_the_silhouette_is_that_of_scikit_learn_up_to_the_distance_to_means():
     """With a cluster per sample and far groups, it is near to the silhouette by squared distances."""
     points = samples()[0].double().numpy()[:80]

@@ -191,9 +191,9 @@ def find_groups(
         group[samples] = len(records) + torch.from_numpy(found.group).to(group)
         of_proxy[c] = torch.from_numpy(np.where(found.of_proxy < 0, -1, len(records) + found.of_proxy)).to(group)
         for place, members in enumerate(found.nearest):
-            numbers_of_proxies = np.flatnonzero(found.of_proxy == place).tolist()
+            own_proxies = np.flatnonzero(found.of_proxy == place).tolist()
             nearest_first = samples.cpu()[members[:count]].tolist()
-            records.append(Group(len(records), c, len(members), numbers_of_proxies, nearest_first, 0.0, None))
+            records.append(Group(len(records), c, len(members), own_proxies, nearest_first, 0.0, None))
     shares = loss_func.soft_assign(points, classes)
     certainty = (shares * (of_proxy[classes] == group[:, None])).sum(dim=1).float()
     means = certainty.new_zeros(len(records)).index_add(0, group, certainty) / group.bincount()

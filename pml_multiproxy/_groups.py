@@ -136,16 +136,3 @@ def _squared(points: Floats, others: Floats) -> Floats:
 
     result: Floats = euclidean_distances(points, others, squared=True)
     return result
-
-
-def wilson(mean: float, size: int, z: float) -> tuple[float, float]:
-    """The interval of a share around ``mean`` of ``size`` samples."""
-    center = (mean + z**2 / (2 * size)) / (1 + z**2 / size)
-    half = z * np.sqrt(mean * (1 - mean) / size + z**2 / (4 * size**2)) / (1 + z**2 / size)
-    return float(max(center - half, 0)), float(min(center + half, 1))
-
-
-def normal_interval(values: Floats, z: float) -> tuple[float, float]:
-    """The interval of the mean of ``values``; unbounded for a single one."""
-    half = z * values.std(ddof=1) / np.sqrt(len(values)) if len(values) > 1 else np.inf
-    return float(values.mean() - half), float(values.mean() + half)

@@ -2,9 +2,9 @@
 
 ``--table groups`` compares ``find_groups`` with k-means, spherical k-means (both are told the true number of groups of
 each class) and HDBSCAN, of the same embeddings and of the inputs: pixels or pretrained features. Scores are means over
-the classes. ``--table failures`` trains a classifier of the coarse labels without one of the fine labels, for each fine
-label or ten of them in turn, lists the worst groups of the test samples, and counts how often most samples of the first
-group are of the label left out.
+the classes. ``--table failures`` fits a classifier of the coarse labels (five nearest neighbours of the inputs) without
+one of the fine labels, for each fine label or ten of them in turn, lists the worst groups of the test samples, and
+counts how often most samples of the first group are of the label left out.
 
 A training writes its embeddings to EMBEDDINGS/TASK-SEED.npz, or takes those that are there. Files of other tasks are
 compared, too, if --task names them; they hold ``embeddings``, ``inputs``, ``labels`` and ``fine`` of the test part,

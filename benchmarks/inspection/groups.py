@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from sklearn.cluster import HDBSCAN, KMeans
-from sklearn.neural_network import MLPClassifier
+from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import normalize
 from tqdm import tqdm
 
@@ -139,8 +139,7 @@ def score_failures(arrays, seed):
     groups = {method: as_groups(found_by(method, arrays, seed), arrays["labels"]) for method in COMPARED_ON_FAILURES}
     for hidden in drawn:
         known, unseen = arrays["train_fine"] != hidden, arrays["fine"] == hidden
-        classifier = MLPClassifier(early_stopping=True, random_state=seed)
-        classifier.fit(arrays["train_inputs"][known], arrays["train_labels"][known])
+        classifier = KNeighborsClassifier().fit(arrays["train_inputs"][known], arrays["train_labels"][known])
         correct = classifier.predict(arrays["inputs"]) == arrays["labels"]
         accuracies = {
             "accuracy": f"{100 * correct[~unseen].mean():.1f}",

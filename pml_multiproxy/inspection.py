@@ -11,7 +11,6 @@ loss as they are.
 
 import warnings
 from collections.abc import Mapping, Sequence
-from statistics import NormalDist
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -191,9 +190,9 @@ def find_groups(
         group[samples] = len(records) + torch.from_numpy(found.group).to(group)
         of_proxy[c] = torch.from_numpy(np.where(found.of_proxy < 0, -1, len(records) + found.of_proxy)).to(group)
         for place, members in enumerate(found.nearest):
-            numbers_of_proxies = np.flatnonzero(found.of_proxy == place).tolist()
+            own_proxies = np.flatnonzero(found.of_proxy == place).tolist()
             nearest_first = samples.cpu()[members[:count]].tolist()
-            records.append(Group(len(records), c, len(members), numbers_of_proxies, nearest_first, 0.0, None))
+            records.append(Group(len(records), c, len(members), own_proxies, nearest_first, 0.0, None))
     shares = loss_func.soft_assign(points, classes)
     certainty = (shares * (of_proxy[classes] == group[:, None])).sum(dim=1).float()
     means = certainty.new_zeros(len(records)).index_add(0, group, certainty) / group.bincount()
@@ -269,15 +268,29 @@ def worst_groups(groups: Groups, correct: Array) -> WorstGroups:
         check.finite("correct", torch.from_numpy(values))
     elif not np.isin(values, (0, 1)).all():
         raise ValueError(f"correct must be bool, 0 and 1, or floating-point losses, got integers up to {values.max()}")
-    compared = len(groups.records)
-    z = NormalDist().inv_cdf(1 - 0.025 / compared)
-    rows = WorstGroups()
+    compared, rows = len(groups.records), WorstGroups()
+    interval = _mean_interval if is_loss else _wilson_interval
     for record in groups.records:
         own = values[(groups.group == record.group).cpu().numpy()]
-        low, high = grouping.normal_interval(own, z) if is_loss else grouping.wilson(own.mean(), len(own), z)
-        rows.append(WorstGroup(*record[:3], float(own.mean()), low, high, compared))
+        rows.append(WorstGroup(*record[:3], float(own.mean()), *interval(own, 1 - 0.05 / compared), compared))
     rows.sort(key=lambda row: (-row.mean if is_loss else row.mean, -row.size))
     return rows
+
+
+def _wilson_interval(correct: NDArray[np.float64], level: float) -> tuple[float, float]:
+    from scipy.stats import binomtest
+
+    low, high = binomtest(round(correct.sum()), len(correct)).proportion_ci(level, method="wilson")
+    return float(low), float(high)
+
+
+def _mean_interval(losses: NDArray[np.float64], level: float) -> tuple[float, float]:
+    """Unbounded for a single loss."""
+    from scipy.stats import norm
+
+    error = losses.std(ddof=1) / len(losses) ** 0.5 if len(losses) > 1 else np.inf
+    low, high = norm.interval(level, losses.mean(), max(error, np.finfo(float).tiny))
+    return float(low), float(high)
 
 
 def list_groups(groups: Groups, texts: Sequence[str], *, count: int = 3) -> str:

@@ -368,8 +368,9 @@ class MultiProxyEntropyLoss(ProxyLoss):
         """Samples far from the dominant proxy of their class, which may be mislabeled.
 
         As PML's ``SubCenterArcFaceLoss`` has it. The dominant proxy is the one that most of the given samples of the
-        class are nearest to. Give all training samples, not a batch. Where a class is spread over many proxies on
-        purpose, its samples at the other proxies count as outliers, too: look at them before you drop them.
+        class are nearest to. Give all training samples, not a batch. Where a class is spread over several proxies,
+        as at the defaults, its samples at the other proxies count as outliers, too: there, compare
+        ``assign(embeddings)[0]`` with the labels instead.
 
         Args:
             embeddings: ``(B, D)``, finite.

@@ -80,6 +80,36 @@ def test_agreement_as_a_guide(load, monkeypatch, tmp_path):
     assert samples[1][2:] == ["80.0"] * 7
 
 
+def test_groups_and_failures_of_embeddings_in_a_file(load, tmp_path):
+    """Two classes of three clear groups each; the inputs of one group lie where those of the other class are."""
+    groups, generator = load("inspection.groups"), np.random.default_rng(0)
+    fine = np.arange(240) % 6
+    centers = np.eye(6, 8)
+    inputs = (
+        np.where((fine == 2)[:, None], centers[3] + 0.3 * centers[2], centers[fine])
+        + generator.normal(size=(240, 8)) / 20
+    )
+    arrays = {
+        "embeddings": (centers[fine] + generator.normal(size=(240, 8)) / 20).astype("float32"),
+        "proxies": centers.reshape(2, 3, 8).astype("float32"),
+        "usage": np.array([[0.3, 0.3, 0.4]] * 2, dtype="float32"),
+    }
+    arrays |= {f"{part}{name}": of for part in ("", "train_") for name, of in [("inputs", inputs), ("fine", fine)]}
+    arrays |= {"labels": fine // 3, "train_labels": fine // 3}
+    np.savez(tmp_path / "toy-0.npz", **arrays)
+    given = ["--task", "toy", "--embeddings", str(tmp_path), "--seeds", "1", "--out", str(tmp_path)]
+    for name, rows in (("groups", 7), ("failures", 6 * 4)):
+        for _ in range(2):  # the second time, all is there
+            groups.main(["--table", name, *given])
+            found = list(csv.DictReader((tmp_path / f"{name}.csv").read_text().splitlines()))
+            assert len(found) == rows
+        table = (tmp_path / f"{name}.md").read_text()
+        assert table.count("| toy |") == len({row["method"] for row in found})
+    (of_third,) = (row for row in found if (row["method"], row["hidden"]) == (groups.OURS_OF, "2"))
+    assert float(of_third["share"]) == 1
+    assert float(of_third["left_out"]) < 20 < float(of_third["accuracy"])
+
+
 @pytest.mark.slow
 def test_trainings_of_the_guide_and_clusters(load, monkeypatch, tmp_path):
     """On the digits, trained for one epoch."""

@@ -5,7 +5,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from scipy.stats import binomtest
+from scipy.stats import norm
 from sklearn.metrics import adjusted_rand_score, silhouette_score
 
 from pml_multiproxy import MultiProxyEntropyLoss
@@ -74,6 +74,11 @@ def test_groups_are_found_again_by_a_second_training_of_another_size():
     assert find_groups(first, embeddings, labels).records[0].found_again is None
 
 
+def test_a_class_without_groups_is_one():
+    embeddings, labels = torch.randn(32) + torch.randn(300, 32) / 4, torch.zeros(300).long()
+    assert len(find_groups(started(embeddings, labels), embeddings, labels).records) == 1
+
+
 def test_the_silhouette_is_that_of_scikit_learn_up_to_the_distance_to_means():
     """With a cluster per sample and far groups, it is near to the silhouette by squared distances."""
     points = samples()[0].double().numpy()[:80]
@@ -106,14 +111,18 @@ def two_groups():
     return Groups(torch.arange(40) // 30, torch.full((40,), 0.5), records)
 
 
-def test_the_worst_groups_come_first_with_intervals_of_scipy():
+def test_the_worst_groups_come_first_with_the_intervals_of_wilson():
+    """Each end is a share from which the one seen is z standard errors away, z for both groups together."""
     correct = torch.ones(40, dtype=torch.bool)
     correct[:3] = correct[30:36] = False
     rows = worst_groups(two_groups(), correct)
     assert [(row.group, row.label, row.size, row.compared) for row in rows] == [(1, 5, 10, 2), (0, 5, 30, 2)]
     for row, right in zip(rows, (4, 27), strict=True):
-        interval = binomtest(right, row.size).proportion_ci(confidence_level=0.975, method="wilson")
-        assert (row.mean, row.low, row.high) == pytest.approx((right / row.size, interval.low, interval.high))
+        assert row.mean == pytest.approx(right / row.size)
+        for end in (row.low, row.high):
+            errors = norm.ppf(1 - 0.0125) * (end * (1 - end) / row.size) ** 0.5
+            assert abs(row.mean - end) == pytest.approx(errors)
+        assert row.low < row.mean < row.high
     assert worst_groups(two_groups(), correct.int().numpy()) == rows
 
 

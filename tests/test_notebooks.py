@@ -58,7 +58,25 @@ def check_text_features(text):
     assert min(two_views) > 75
 
 
-CHECKS = {"coarse_to_fine": check_coarse_to_fine, "proxies": check_proxies, "text_features": check_text_features}
+def check_hidden_groups(text):
+    (purity,) = figures(r"\d+ groups, purity", text)
+    assert purity > 0.9
+    everywhere, there = figures("as they are: accuracy", text)
+    _, balanced = figures("balanced: accuracy", text)
+    assert there < everywhere - 0.1
+    assert there < balanced
+    hints = re.findall(r": (\d+) of 100 found, (\d+) false alarms", text)
+    (by_class, by_own, dominant) = ((int(found), int(wrong)) for found, wrong in hints)
+    assert min(by_class[0], by_own[0]) > 80
+    assert 5 * max(by_class[1], by_own[1]) < dominant[1]
+
+
+CHECKS = {
+    "coarse_to_fine": check_coarse_to_fine,
+    "hidden_groups": check_hidden_groups,
+    "proxies": check_proxies,
+    "text_features": check_text_features,
+}
 
 
 def test_each_has_a_check():

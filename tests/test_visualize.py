@@ -20,8 +20,15 @@ from pytorch_metric_learning.distances import CosineSimilarity, DotProductSimila
 from sklearn.decomposition import PCA
 
 from pml_multiproxy import MultiProxyEntropyLoss
-from pml_multiproxy.inspection import nearest_samples
-from pml_multiproxy.visualize import plot_class, plot_embeddings, plot_nearest, plot_usage
+from pml_multiproxy.inspection import Group, Groups, nearest_samples, worst_groups
+from pml_multiproxy.visualize import (
+    plot_class,
+    plot_embeddings,
+    plot_groups,
+    plot_nearest,
+    plot_usage,
+    plot_worst_groups,
+)
 
 SMALL, LARGE, WHITE = 90, 300, (1, 1, 1, 1)
 TAB10 = plt.get_cmap("tab10").colors
@@ -272,6 +279,41 @@ def test_layouts_ranges_and_palettes_of_images():
         assert (right - left) / (bottom - top) == pytest.approx(expected.shape[1] / expected.shape[0])
 
 
+# plot_groups and plot_worst_groups
+
+
+def three_groups():
+    """Of 12 samples; those of group g have the numbers g, g + 3, g + 6 and g + 9, nearest first."""
+    records = [Group(g, g // 2, 4, [g], [g, g + 3, g + 6, g + 9], 0.25 * g, None) for g in range(3)]
+    return Groups(torch.arange(12) % 3, torch.full((12,), 0.5), records)
+
+
+@pytest.mark.parametrize("shown", [None, [2, 0]])
+def test_each_group_has_a_row_of_its_nearest_images(shown):
+    images = [torch.full((4, 4), i / 12) if i % 3 in (shown or range(3)) and i < 9 else None for i in range(12)]
+    ax = plot_groups(three_groups(), images, count=3, shown=shown, class_names=["cat", "dog"])
+    numbers = shown or [0, 1, 2]
+    names = [f"{'dog' if g == 2 else 'cat'}, group {g}: 4 samples, certainty {0.25 * g:.2f}" for g in numbers]
+    assert texts(ax.get_yticklabels()) == names
+    found = {}
+    for image in ax.images:
+        x, y = (round(v) for v in np.reshape(image.get_extent(), (2, 2)).mean(axis=1))
+        found[x, y] = round(12 * float(np.mean(image.get_array())))
+    assert found == {(x, y): g + 3 * x for y, g in enumerate(numbers) for x in range(3)}
+
+
+def test_the_worst_group_is_on_top_with_its_interval():
+    rows = worst_groups(three_groups(), torch.tensor([1, 0, 1] * 3 + [1, 1, 0]).bool())
+    ax = plot_worst_groups(rows, count=2)
+    assert texts(ax.get_yticklabels()) == ["class 0, group 1: 4 samples", "class 1, group 2: 4 samples"]
+    (bars,) = ax.containers
+    assert np.allclose(bars[0].get_xdata(), [0.25, 0.75])
+    ends = np.array([line[:, 0] for line in bars[2][0].get_segments()])
+    assert np.allclose(ends, [[row.low, row.high] for row in rows[:2]])
+    assert ax.get_ylim() == (1.5, -0.5)  # the first is above
+    assert "3 groups" in ax.get_xlabel()
+
+
 # plot_usage
 
 
@@ -302,6 +344,12 @@ WRONG = [
     (lambda loss: plot_embeddings(loss, x, y, colors=y[:3]), "colors must be of shape (4,), one for each embedding"),
     (lambda loss: plot_nearest(loss, x, y, images[:3]), "images must be 4, one for each embedding, got 3"),
     (lambda loss: plot_nearest(loss, x, y, images / 0), "images[0] must be finite, got NaN or infinite values"),
+    (lambda _: plot_groups(three_groups(), images), "images must be 12, one for each sample, got 4"),
+    (
+        lambda _: plot_groups(three_groups(), [x] * 12, shown=[3]),
+        "shown must lie in [0, 2] (the number of groups is 3)",
+    ),
+    (lambda _: plot_worst_groups([], count=0), "count must be an int of at least 1, got 0"),
     (lambda _: plot_class(x[:, :5], x), "embeddings must be of shape (batch_size, 8), got (4, 5)"),
     (lambda _: plot_class(x, x / 0), "proxies must be finite, got NaN or infinite values"),
     (lambda _: plot_class(x, x, nearest=y * 2), "nearest must lie in [0, 3] (the number of proxies is 4), got values"),

@@ -2,9 +2,9 @@
 
 ``--table groups`` compares ``find_groups`` with k-means, spherical k-means (both are told the true number of groups of
 each class) and HDBSCAN, of the same embeddings and of the inputs: pixels or pretrained features. Scores are means over
-the classes. ``--table failures`` trains a classifier of the coarse labels without one of the fine labels, for each fine
-label or ten of them in turn, lists the worst groups of the test samples, and counts how often most samples of the first
-group are of the label left out.
+the classes. ``--table failures`` fits a classifier of the coarse labels (five nearest neighbours of the inputs) without
+one of the fine labels, for each fine label or ten of them in turn, lists the worst groups of the test samples, and
+counts how often most samples of the first group are of the label left out.
 
 A training writes its embeddings to EMBEDDINGS/TASK-SEED.npz, or takes those that are there. Files of other tasks are
 compared, too, if --task names them; they hold ``embeddings``, ``inputs``, ``labels`` and ``fine`` of the test part,
@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from sklearn.cluster import HDBSCAN, KMeans
-from sklearn.neural_network import MLPClassifier
+from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import normalize
 from tqdm import tqdm
 
@@ -139,8 +139,7 @@ def score_failures(arrays, seed):
     groups = {method: as_groups(found_by(method, arrays, seed), arrays["labels"]) for method in COMPARED_ON_FAILURES}
     for hidden in drawn:
         known, unseen = arrays["train_fine"] != hidden, arrays["fine"] == hidden
-        classifier = MLPClassifier(early_stopping=True, random_state=seed)
-        classifier.fit(arrays["train_inputs"][known], arrays["train_labels"][known])
+        classifier = KNeighborsClassifier().fit(arrays["train_inputs"][known], arrays["train_labels"][known])
         correct = classifier.predict(arrays["inputs"]) == arrays["labels"]
         accuracies = {
             "accuracy": f"{100 * correct[~unseen].mean():.1f}",

@@ -59,9 +59,11 @@ def test_runs_are_written_resumed_saved_and_reported(main, tmp_path):
     lines = path.read_text().splitlines(keepends=True)
     rows = list(csv.DictReader(lines))
     assert {row["loss"] for row in rows} == {"no training", OURS, "SoftTriple", "k-means, NormalizedSoftmax"}
-    assert report.count(f"| {OURS} (1 of 3 seeds, open) |") == 2 and "| ProxyAnchor | open |" in report
+    assert report.count(f"| {OURS} (1 of 3 seeds, open) |") == 2
+    assert "| ProxyAnchor | open |" in report
     saved = np.load(tmp_path / "saved" / "leaves_MultiProxyEntropy_test_seed0" / "embeddings.npz")
-    assert saved["embeddings"].shape == (16, 128) and set(saved["numbers"]) == set(range(16))  # the latest photographs
+    assert saved["embeddings"].shape == (16, 128)
+    assert set(saved["numbers"]) == set(range(16))  # the latest photographs
     path.write_text("".join(lines[:-1]))  # as if the last run had been interrupted
     main("--seeds", "0")
     again = list(csv.DictReader(path.read_text().splitlines()))
@@ -82,7 +84,8 @@ def test_two_views_of_an_image_are_different_and_those_of_its_own(bench):
     stored = torch.arange(6).view(6, 1, 1, 1, 1) + 10 * torch.arange(3).view(1, 3, 1, 1, 1)
     store = bench.images.Activations(torch.zeros(5, 1, 1, 1), stored, training=torch.tensor([4, 0, 2]))
     first, second = store.views(torch.tensor([0, 2, 4]), 2, torch.Generator()).flatten().chunk(2)
-    assert (first // 10).tolist() == (second // 10).tolist() == [1, 2, 0] and (first != second).all()
+    assert (first // 10).tolist() == (second // 10).tolist() == [1, 2, 0]
+    assert (first != second).all()
 
 
 def test_matrix_products_are_the_blocks(bench):

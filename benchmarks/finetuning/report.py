@@ -78,19 +78,19 @@ def summary(runs):
 
 
 def report(runs, out):
+    lines = [line for of in runs if (line := summary(of))]
+    short = table(["MAP@R in %", "ours", "best loss of PML", "strongest rival", "pretrained"], lines)
     header = ["", *NAMES.values(), "ours ahead in MAP@R", "ours ahead in Precision@1"]
-    titles = ["task", "ours", "best loss of PML", "strongest rival", "pretrained"]
-    parts = [table(titles, list(filter(None, map(summary, runs))))]
-    for of in runs:
-        parts += [
-            f"**`{of.name}`: {title}**{schedule(of)}\n\n{table(header, of_task(of, which))}"
-            for which, title in TITLES.items()
-            if any(row["phase"] == "test" for row in of.rows)
-        ]
-    text = join(*parts)
-    text = join(OPEN, text) if "open" in text else text
-    (out / "tables.md").write_text(text + "\n", encoding="utf-8")
-    print(text)
+    parts = [
+        f"**`{of.name}`: {title}**{schedule(of)}\n\n{table(header, of_task(of, which))}"
+        for of in runs
+        if any(row["phase"] == "test" for row in of.rows)
+        for which, title in TITLES.items()
+    ]
+    text = join(OPEN, *parts) if any("open" in part for part in parts) else join(*parts)
+    for name, content in {"summary.md": short or "*Nothing has been run yet.*", "tables.md": text}.items():
+        (out / name).write_text(content + "\n", encoding="utf-8")
+    print(join(short, text))
 
 
 def schedule(runs):

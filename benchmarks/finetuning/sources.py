@@ -4,16 +4,18 @@ import importlib
 from pathlib import Path
 
 FILES = {
-    "leaves": "PlantVillage (Hughes & Salathé 2015, CC BY-SA 3.0)",
-    "cars196": "the training part of Stanford Cars (Krause et al. 2013)",
-    "clinc150": "CLINC150 (github.com/clinc/oos-eval, folder data, CC BY 3.0)",
+    "leaves": "photographs of PlantVillage (Hughes & Salathé 2015, arXiv 1511.08060, CC BY-SA 3.0) of 128x128 pixels in "
+    "images128.zip, and labels.csv with the columns image, crop, condition, photo",
+    "cars196": "the training images of Stanford Cars (Krause et al. 2013) at 144x144 pixels in images144.zip, and "
+    "labels.csv with the columns image, class",
+    "clinc150": "data_full.json and domains.json from github.com/clinc/oos-eval, folder data (CC BY 3.0)",
 }
 
 
 def path_of(folder, name):
     path = Path(folder or ".") / name
     if not path.exists():
-        raise SystemExit(f"{path} is missing, of {FILES[path.parent.name]}. --data names the folder that holds {name}.")
+        raise SystemExit(f"{path} is missing: {FILES[path.parent.name]}. --data names the folder that holds {name}.")
     return path
 
 

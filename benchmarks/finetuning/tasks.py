@@ -19,8 +19,8 @@ from .sources import path_of
 TRAINED, HELD_OUT = 0.45, 0.6
 """Of the photographs of each condition, in the order they were taken: up to the first part to train with, up to the
 second for validation, the others for the test."""
-SENTENCES = 12
-"""To train with, of each intent."""
+SENTENCES = {"train": 12, "val": 6, "test": 30}
+"""Of each intent."""
 
 
 class Options(NamedTuple):
@@ -127,12 +127,14 @@ def text_task(options, made_of, texts, **settings):
 
 
 def clinc(options):
-    """Sentences, domains, intents and splits; of the training part, the first of each intent."""
+    """Sentences, domains, intents and splits, the shortest sentences first: batches are evaluated in this order."""
     data, domain_of = text.utterances(options.data)
-    of_intent = defaultdict(list)
-    for pair in data["train"]:
-        of_intent[pair[1]].append(pair)
-    data["train"] = [pair for found in of_intent.values() for pair in found[:SENTENCES]]
+    for split, kept in SENTENCES.items():
+        of_intent = defaultdict(list)
+        for pair in data[split]:
+            of_intent[pair[1]].append(pair)
+        data[split] = [pair for found in of_intent.values() for pair in found[:kept]]
+    data = {split: sorted(found, key=lambda pair: len(pair[0])) for split, found in data.items()}
     texts, intents = zip(*(pair for found in data.values() for pair in found), strict=True)
     split = torch.arange(3).repeat_interleave(torch.tensor([len(found) for found in data.values()]))
     return list(texts), numbered([domain_of[intent] for intent in intents]), numbered(intents), split

@@ -7,7 +7,7 @@ from torch import nn
 from .sources import package, path_of
 
 LONGEST = 16
-"""In tokens, with the two around each sentence; nine of ten are not longer."""
+"""Sentences are cut after so many tokens in training; nine of ten are not longer."""
 FROZEN_LAYERS = 3
 """Of six, beside the embeddings of words. Their dropout stays on."""
 
@@ -50,11 +50,11 @@ class Sentences:
     """Numbers of tokens, 0 after the end."""
 
     def __init__(self, tokenizer, texts):
-        self.tokens = tokenizer(texts, padding=True, truncation=True, max_length=LONGEST, return_tensors="pt").input_ids
+        self.tokens = tokenizer(texts, padding=True, return_tensors="pt").input_ids
 
     def plain(self, numbers):
         tokens = self.tokens[numbers]
         return tokens[:, : int((tokens != 0).sum(dim=1).max())]
 
     def views(self, numbers, views, generator):
-        return self.plain(numbers).repeat(views, 1)
+        return self.plain(numbers)[:, :LONGEST].repeat(views, 1)

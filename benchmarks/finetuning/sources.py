@@ -4,8 +4,8 @@ import importlib
 from pathlib import Path
 
 FILES = {
-    "leaves": "photographs of PlantVillage (Hughes & Salathé 2015, arXiv 1511.08060, CC BY-SA 3.0) of 128x128 pixels in "
-    "images128.zip, and labels.csv with the columns image, crop, condition, photo",
+    "leaves": "photographs of PlantVillage (Hughes & Salathé 2015, arXiv 1511.08060, CC BY-SA 3.0) at 128x128 pixels "
+    "in images128.zip, and labels.csv with the columns image, crop, condition, photo",
     "cars196": "the training images of Stanford Cars (Krause et al. 2013) at 144x144 pixels in images144.zip, and "
     "labels.csv with the columns image, class",
     "clinc150": "data_full.json and domains.json from github.com/clinc/oos-eval, folder data (CC BY 3.0)",

@@ -59,8 +59,8 @@ def test_runs_are_written_resumed_saved_and_reported(main, tmp_path):
     lines = path.read_text().splitlines(keepends=True)
     rows = list(csv.DictReader(lines))
     assert {row["loss"] for row in rows} == {"no training", OURS, "SoftTriple", "k-means, NormalizedSoftmax"}
-    assert report.count(f"| {OURS} (1 of 3 seeds, open) |") == 2
-    assert "| ProxyAnchor | open |" in report
+    assert report.count(f"| {OURS} (1 of 3 seeds) |") == 2
+    assert "Open: supervised + class-conditional contrast;" in report
     saved = np.load(tmp_path / "saved" / "leaves_MultiProxyEntropy_test_seed0" / "embeddings.npz")
     assert saved["embeddings"].shape == (16, 128)
     assert set(saved["numbers"]) == set(range(16))  # the latest photographs

@@ -9,14 +9,15 @@ from ..retrieval.training import METRICS
 from .losses import FAMILIES, K_MEANS, ONE_PROXY, OURS, UNTRAINED, applies
 from .runs import SEEDS
 
-NAMES = dict(zip(METRICS, ("MAP@R", "R-Precision", "Precision@1"), strict=True))
+HEADER = ["", "MAP@R", "R-Precision", "Precision@1", "ours ahead in MAP@R", "ours ahead in Precision@1"]
+SHORT_HEADER = ["", "ours", "best loss of PML", "best rival by MAP@R", "best rival by Precision@1", "pretrained"]
 TITLES = {
     "defaults": "every loss at its documented defaults",
     "best of three": "every loss in the best of three configurations on validation, beside ours at its defaults",
 }
 PEERS = [loss for loss in FAMILIES if loss not in (OURS, ONE_PROXY)]
 OF_PML = [loss for loss in PEERS if loss != K_MEANS and "+" not in loss]
-OPEN = "*open: not all runs are there yet. The differences are of the seeds that both losses have.*"
+OPEN = "*Not all runs are there yet. The differences are of the seeds that both losses have.*"
 
 
 def measured(runs, loss, which):
@@ -36,26 +37,28 @@ def stacked(found, seeds, metric):
 
 
 def of_task(runs, which):
-    """Ours at its defaults first, then the strongest rival in MAP@R."""
+    """Ours at its defaults first, then the strongest rival in MAP@R; below, the losses without any run."""
     own = {loss: measured(runs, loss, "defaults") for loss in (OURS, ONE_PROXY) if applies(loss, runs.name)}
     rivals = {loss: measured(runs, loss, which) for loss in (*PEERS, UNTRAINED)}
     rivals = dict(sorted(rivals.items(), key=lambda pair: -mean(pair[1])))
-    if runs.chosen(OURS, which) != runs.chosen(OURS, "defaults"):
+    if which != "defaults":
         rivals[f"{OURS}, best of three"] = measured(runs, OURS, which)
     first = max(own, key=lambda loss: mean(own[loss]))
-    return [row(loss, found, own[first] if loss != first else {}) for loss, found in (own | rivals).items()]
+    rows = [row(loss, found, own[first] if loss != first else {}) for loss, found in (own | rivals).items() if found]
+    lacking = [loss for loss, found in (own | rivals).items() if not found]
+    return join(table(HEADER, rows), f"Open: {'; '.join(lacking)}." if lacking else None)
 
 
-def mean(found):
-    """MAP@R; -1 where it is open."""
-    return stacked(found, found, "map_at_r").mean() if found else -1.0
+def mean(found, metric="map_at_r"):
+    """-1 where it is open."""
+    return stacked(found, found, metric).mean() if found else -1.0
 
 
 def row(loss, found, ours):
     seeds = [seed for seed in found if seed in ours]
-    cells = [mean_and_interval(stacked(found, found, metric)) if found else "open" for metric in METRICS]
+    cells = [mean_and_interval(stacked(found, found, metric)) for metric in METRICS]
     cells += [difference(found, ours, seeds, metric) if seeds else "" for metric in ("map_at_r", "precision_at_1")]
-    number = "" if len(found) in (0, len(SEEDS)) else f" ({len(found)} of {len(SEEDS)} seeds, open)"
+    number = "" if len(found) == len(SEEDS) else f" ({len(found)} of {len(SEEDS)} seeds)"
     return [loss + number, *cells]
 
 
@@ -67,27 +70,28 @@ def difference(found, ours, seeds, metric):
 
 
 def summary(runs):
-    """One line: MAP@R of ours beside the best loss of PML and the strongest rival, all at their defaults."""
-    found = {loss: mean(measured(runs, loss, "defaults")) for loss in (OURS, ONE_PROXY, *PEERS, UNTRAINED)}
-    own = max((OURS, ONE_PROXY), key=found.get)
-    best = [max(names, key=found.get) for names in (OF_PML, PEERS)]
-    if min(found[loss] for loss in (own, *best)) < 0:
+    """One line, MAP@R and Precision@1 of all at their defaults; None before ours and a loss of PML have a run."""
+    found = {loss: measured(runs, loss, "defaults") for loss in (OURS, ONE_PROXY, *PEERS, UNTRAINED)}
+    groups = ((OURS, ONE_PROXY), "map_at_r"), (OF_PML, "map_at_r"), (PEERS, "map_at_r"), (PEERS, "precision_at_1")
+    best = [max(losses, key=lambda loss: mean(found[loss], metric)) for losses, metric in groups]
+    if not all(found[loss] for loss in best):
         return None
-    ratios = [f"{loss}: {found[loss]:.1f} (ratio {found[own] / found[loss]:.2f})" for loss in best]
-    return [f"`{runs.name}`", f"{own}: {found[own]:.1f}", *ratios, f"{found[UNTRAINED]:.1f}"]
+    pairs = {
+        loss: f"{mean(found[loss]):.1f} / {mean(found[loss], 'precision_at_1'):.1f}" for loss in (*best, UNTRAINED)
+    }
+    return [f"`{runs.name}`", *(f"{loss}: {pairs[loss]}" for loss in best), pairs[UNTRAINED]]
 
 
 def report(runs, out):
     lines = [line for of in runs if (line := summary(of))]
-    short = table(["MAP@R in %", "ours", "best loss of PML", "strongest rival", "pretrained"], lines)
-    header = ["", *NAMES.values(), "ours ahead in MAP@R", "ours ahead in Precision@1"]
+    short = table(SHORT_HEADER, lines)
     parts = [
-        f"**`{of.name}`: {title}**{schedule(of)}\n\n{table(header, of_task(of, which))}"
+        f"**`{of.name}`: {title}**{schedule(of)}\n\n{of_task(of, which)}"
         for of in runs
         if any(row["phase"] == "test" for row in of.rows)
         for which, title in TITLES.items()
     ]
-    text = join(OPEN, *parts) if any("open" in part for part in parts) else join(*parts)
+    text = join(OPEN, *parts) if any("Open: " in part or " seeds)" in part for part in parts) else join(*parts)
     for name, content in {"summary.md": short or "*Nothing has been run yet.*", "tables.md": text}.items():
         (out / name).write_text(content + "\n", encoding="utf-8")
     print(join(short, text))

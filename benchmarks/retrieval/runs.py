@@ -65,11 +65,14 @@ class Runs:
     def has(self, phase, loss, settings, seed):
         return seed in self.get(phase, loss, settings)
 
+    def run(self, *arguments):
+        self.task = self.task or (TASKS | IMAGE_TASKS)[self.name](self.folder)
+        return run(self.task, *arguments)
+
     def add(self, phase, loss, settings, seed):
         """Runs, and writes the row at once."""
-        self.task = self.task or (TASKS | IMAGE_TASKS)[self.name](self.folder)
         start = time.perf_counter()
-        result = run(self.task, phase, loss, settings, seed)
+        result = self.run(phase, loss, settings, seed)
         row = {
             "task": self.name,
             "phase": phase,

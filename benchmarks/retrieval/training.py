@@ -78,13 +78,26 @@ def embed(network, x):
 
 def evaluate(network, data):
     """Each metric as the mean over the classes, in %; MAP@R of each class, too."""
+    found = by_class(embed(network, data.x), data.fine)
+    return means(found) | {"map_at_r_by_class": of_classes(found["map_at_r"])}
+
+
+def by_class(embeddings, labels):
+    """Each metric of each class, in %."""
     calculator = AccuracyCalculator(
         include=("mean_average_precision_at_r", *METRICS[1:]), k="max_bin_count", return_per_class=True
     )
-    by_class = calculator.get_accuracy(embed(network, data.x), data.fine)
-    by_class["map_at_r"] = by_class["mean_average_precision_at_r"]
-    means = {name: f"{100 * np.mean(by_class[name]):.2f}" for name in METRICS}
-    return means | {"map_at_r_by_class": " ".join(f"{100 * value:.1f}" for value in by_class["map_at_r"])}
+    found = calculator.get_accuracy(embeddings, labels)
+    found["map_at_r"] = found["mean_average_precision_at_r"]
+    return {name: 100 * np.array(found[name]) for name in METRICS}
+
+
+def means(found):
+    return {name: f"{np.mean(values):.2f}" for name, values in found.items()}
+
+
+def of_classes(values):
+    return " ".join(f"{value:.1f}" for value in values)
 
 
 def assigned(network, loss_func, data):

@@ -125,7 +125,7 @@ def _summarize(points: Floats, clusters: Integers) -> Clusters:
 def _join(clusters: Clusters, parts: Integers) -> Clusters:
     """The clusters that those with the same number in ``parts`` form together, in the order of the numbers."""
     own = np.unique(parts, return_inverse=True)[1]
-    sizes = np.bincount(own, clusters.sizes)
+    sizes: Floats = np.bincount(own, clusters.sizes).astype(np.float64)
     means = csr_array((clusters.sizes, (own, np.arange(len(own))))) @ clusters.means / sizes[:, None]
     spread = clusters.variances + ((clusters.means - means[own]) ** 2).sum(axis=1)
     return Clusters(sizes, means, np.bincount(own, clusters.sizes * spread) / sizes)

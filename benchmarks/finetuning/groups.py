@@ -42,7 +42,7 @@ def draw(loss_func, saved, rows, archive, path):
     figure = Figure(figsize=(9, 0.95 * len(chosen)), layout="constrained")
     ax = plot_groups(groups, pictures, count=8, shown=[record.group for record in chosen], ax=figure.subplots())
     ax.set_yticks(ax.get_yticks(), labels)
-    figure.savefig(path, dpi=80)
+    figure.savefig(path, dpi=80, bbox_inches="tight")
     print(groups)
 
 

@@ -80,6 +80,15 @@ def test_the_whole_network_is_trained_by_a_flag(main, bench, tmp_path):
     assert not set(task.train.x.tolist()) & (set(task.validation.x.tolist()) | set(task.test.x.tolist()))
 
 
+def test_equal_learning_rates_train_body_head_and_proxies(main, bench, tmp_path):
+    task = bench.tasks.leaves(bench.tasks.Options(tmp_path, tmp_path, whole=True, size=96))
+    settings = {"lr": 1e-3, "epochs": 1, "proxies_lr": 1e-3}
+    start = torch.nn.utils.parameters_to_vector(task.make_network().body.parameters())
+    network, loss_func = bench.training.train(task, task.train, "SoftTriple", settings, seed=0)
+    assert not torch.equal(torch.nn.utils.parameters_to_vector(network.body.parameters()), start)
+    assert all(parameter.grad is not None for parameter in (*network.parameters(), *loss_func.parameters()))
+
+
 def test_two_views_of_an_image_are_different_and_those_of_its_own(bench):
     stored = torch.arange(6).view(6, 1, 1, 1, 1) + 10 * torch.arange(3).view(1, 3, 1, 1, 1)
     store = bench.images.Activations(torch.zeros(5, 1, 1, 1), stored, training=torch.tensor([4, 0, 2]))

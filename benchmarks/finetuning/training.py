@@ -44,8 +44,8 @@ def train(task, data, name, settings, seed):
         labels = torch.unique(cluster(features, labels, clusters, seed), return_inverse=True)[1]
     network = task.make_network().to(DEVICE)
     loss_func = FAMILIES[name].build(int(labels.max()) + 1, task.embedding_size, task.views, **settings).to(DEVICE)
-    groups = {lr: network.body, HEAD_LR: network.head, proxies_lr: loss_func}
-    groups = [{"params": params, "lr": of} for of, module in groups.items() if (params := trained(module))]
+    modules = (network.body, lr), (network.head, HEAD_LR), (loss_func, proxies_lr)
+    groups = [{"params": params, "lr": of} for module, of in modules if (params := trained(module))]
     optimizer = torch.optim.AdamW(groups)
     # Once more, and generators of their own, so that batches, views and dropout are the same for all losses.
     torch.manual_seed(seed)

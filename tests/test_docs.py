@@ -109,7 +109,7 @@ def test_hints_at_wrong_labels(noisy_digits):
 @pytest.mark.parametrize("page", PAGES, ids=page_id)
 def test_what_a_page_refers_to_exists(page):
     text = page.read_text()
-    for target in re.findall(r"pml-multiproxy/blob/main/([^)#\s]+)\)", text) + re.findall(r'--8<-- "(.*?)"', text):
+    for target in re.findall(r"pml-multiproxy/blob/main/([^)#\s]+)\)", text) + re.findall(r'--8<-- "([^":]+)', text):
         assert (ROOT / target).exists(), target
     for target in re.findall(r"\]\(([^):#]+\.md)", text):
         notebook = re.sub(r"^notebooks/(\w+)\.md$", r"../examples/notebooks/\1.ipynb", target)

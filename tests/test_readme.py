@@ -36,7 +36,9 @@ def test_every_number_with_a_spread_is_committed():
         loss = NAMES.get(name, name.removesuffix("Loss"))
         settings = next(row["settings"] for row in rows if row["loss"] == loss)  # its defaults came first
         own = [row for row in rows if (row["loss"], row["settings"]) == (loss, settings)]
-        values = np.array([[float(row[metric]) for metric in ("map_at_r", "r_precision", "precision_at_1")] for row in own])
+        values = np.array(
+            [[float(row[metric]) for metric in ("map_at_r", "r_precision", "precision_at_1")] for row in own]
+        )
         assert len(values) == 3
         spreads = zip(values.mean(axis=0), values.std(axis=0, ddof=1), strict=True)
         assert cells == [f"{mean:.1f} ± {spread:.1f}" for mean, spread in spreads]

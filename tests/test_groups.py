@@ -86,11 +86,12 @@ def test_the_silhouette_is_that_of_scikit_learn_up_to_the_distance_to_means():
     points += 20 * np.eye(32)[parts]
     squared = ((points[:, None] - points) ** 2).sum(axis=2)
     clusters = grouping.Clusters(np.ones(80), points, np.zeros(80))
-    assert grouping._silhouette(clusters, parts) == pytest.approx(
+    joined, whole = grouping._join(clusters, parts), grouping._join(clusters, np.zeros(80, dtype=int))
+    assert grouping._silhouette(clusters, parts, joined) == pytest.approx(
         silhouette_score(squared, parts, metric="precomputed"), abs=0.01
     )
     pairs = [squared[np.ix_(parts == k, parts == k)].sum() / (20 * 19) for k in range(4)]
-    assert grouping._explained(clusters, parts) == pytest.approx(1 - np.mean(pairs) / (squared.sum() / (80 * 79)))
+    assert grouping._explained(joined, whole) == pytest.approx(1 - np.mean(pairs) / (squared.sum() / (80 * 79)))
 
 
 def test_looking_changes_nothing():

@@ -1,4 +1,4 @@
-"""Losses compared on pretrained networks that are trained end to end: leaves, cars and text.
+"""Losses compared on pretrained networks that are fine-tuned: leaves, cars and text.
 
 Every loss trains the same network with the same batches, two views of each sample, optimizer, schedule and number of
 epochs. Of the image network, the stem and the lower blocks are frozen, and their activations of six random views of

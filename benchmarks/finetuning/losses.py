@@ -1,9 +1,6 @@
 """The losses, and three configurations of each: its documented defaults, and two of the retrieval benchmark's."""
 
-from pytorch_metric_learning import losses
-from torch import nn
-
-from ..retrieval.contrast import equal, info_nce, others, samples_of, similarities
+from ..retrieval.contrast import SoftmaxWithinClasses
 from ..retrieval.losses import FAMILIES as RETRIEVAL
 from ..retrieval.losses import K_MEANS, ONE_PROXY, OURS, UNTRAINED, Family
 from ..retrieval.losses import configurations as drawn
@@ -14,21 +11,6 @@ SPREAD = "supervised + class-conditional contrast"
 REFERENCES = UNTRAINED, K_MEANS
 SETTLING = OURS, "SoftTriple"
 """The losses whose mean on validation chooses the schedule of all."""
-
-
-class SoftmaxWithinClasses(nn.Module):
-    """NormalizedSoftmax, plus InfoNCE between the views of a sample against the other samples of its class."""
-
-    def __init__(self, num_classes, size, views, temperature=0.05, contrast_temperature=0.07, contrast_weight=1.0):
-        super().__init__()
-        self.views, self.weight, self.temperature = views, contrast_weight, contrast_temperature
-        self.softmax = losses.NormalizedSoftmaxLoss(num_classes, size, temperature=temperature)
-
-    def forward(self, embeddings, labels):
-        same = equal(samples_of(labels, self.views))
-        within = info_nce(similarities(embeddings), others(same), equal(labels) & ~same, self.temperature)
-        return self.softmax(embeddings, labels) + self.weight * within
-
 
 CHOSEN = {
     "SoftTriple": ((11, 9), (7, 8)),
@@ -59,7 +41,7 @@ def applies(loss, task):
 
 
 def configurations(loss, task):
-    """Without the schedule; the softmax with contrast within classes takes those of the one between all samples."""
+    """Without the schedule. Both sums of a softmax and a contrast have the same configurations."""
     peer = INSTANCES if loss == WITHIN else loss
     found = drawn(peer, "views")
     if loss == OURS:

@@ -2,13 +2,13 @@
 
 from statistics import fmean
 
-from ..retrieval.runs import Runs
+from ..retrieval.runs import Runs, validation_seeds
 from .losses import SETTLING, UNTRAINED, configurations
 from .tasks import SCHEDULES, TASKS
 from .training import run
 
 SEEDS = 0, 1, 2
-VALIDATION_SEED = 100
+(VALIDATION_SEED,) = validation_seeds("leaves")
 
 
 class FinetuningRuns(Runs):
@@ -20,11 +20,6 @@ class FinetuningRuns(Runs):
         self.task = self.task or TASKS[self.name](self.folder)
         folder = self.saved / f"{self.name}_{loss}_{phase}_seed{seed}".replace(" ", "_") if self.saved else None
         return run(self.task, phase, loss, settings, seed, folder)
-
-    def score(self, loss, settings):
-        """MAP@R on validation, or None."""
-        rows = self.get("validation", loss, settings)
-        return float(rows[VALIDATION_SEED]["map_at_r"]) if VALIDATION_SEED in rows else None
 
     def schedule(self):
         """Of all losses: the best mean on validation at the defaults of two losses; None where runs are missing."""

@@ -44,7 +44,7 @@ class Model(nn.Module):
         return self.head(self.body(x.to(DEVICE)))
 
     def train(self, mode=True):
-        """Batch norm stays in evaluation mode: the statistics are those of pretraining."""
+        """Batch norm stays in evaluation mode and keeps the statistics of pretraining."""
         super().train(mode)
         for module in self.modules():
             if isinstance(module, nn.BatchNorm2d):
@@ -108,7 +108,7 @@ def order_of(photo):
 
 
 def cars_unseen(options):
-    """Car models 0 to 97, of which 20 are the validation classes, then models 98 to 195."""
+    """Training on car models 0 to 97, 20 of them held out for validation; the test has models 98 to 195."""
     rows = rows_of(path_of(options.data, "cars196/labels.csv"))
     labels = torch.tensor([int(row["class"]) for row in rows])
     held_out = torch.isin(labels, torch.randperm(98, generator=torch.Generator().manual_seed(0))[:20])
@@ -147,7 +147,7 @@ def clinc_text_coarse(options):
 
 
 def clinc_text_unseen(options):
-    """75 intents, of which 15 are the validation classes, then the other 75."""
+    """Training on 75 intents, 15 of them held out for validation; the test has the other 75."""
     texts, _, intents, split = clinc(options)
     order = torch.randperm(150, generator=torch.Generator().manual_seed(0)).argsort()[intents]
     known = split == 0

@@ -35,7 +35,7 @@ from ..retrieval.training import embed, train
 RESULTS = Path(__file__).parent / "results"
 DEFAULT_TASKS = "digits-coarse-views", "omniglot-coarse-views", "clinc-coarse"
 MOST_HIDDEN = 15
-"""With more fine labels than that, ten of them are left out in turn."""
+"""A task with more fine labels leaves out ten of them in turn."""
 RESTARTS = 10
 
 
@@ -100,7 +100,7 @@ def spherical(x, count, seed):
 
 
 def density(x, count, seed):
-    """HDBSCAN at its defaults; what it takes for noise is a cluster of its own."""
+    """HDBSCAN at its defaults; its noise forms one more cluster."""
     return HDBSCAN(copy=True).fit(x).labels_
 
 

@@ -62,8 +62,19 @@ class SoftmaxAndInstances(nn.Module):
 
     def forward(self, embeddings, labels):
         same = equal(samples_of(labels, self.views))
-        contrast = info_nce(similarities(embeddings), others(same), ~same, self.temperature)
+        negative = self.negatives(same, labels)
+        contrast = info_nce(similarities(embeddings), others(same), negative, self.temperature)
         return self.softmax(embeddings, labels) + self.weight * contrast
+
+    def negatives(self, same, labels):
+        return ~same
+
+
+class SoftmaxWithinClasses(SoftmaxAndInstances):
+    """NormalizedSoftmax, plus InfoNCE between the views of a sample against the other samples of its class."""
+
+    def negatives(self, same, labels):
+        return equal(labels) & ~same
 
 
 class Spread(nn.Module):

@@ -34,6 +34,10 @@ class Shard(NamedTuple):
     def classes(self) -> range:
         return range(self.start, self.stop)
 
+    @property
+    def ranks(self) -> int:
+        return 1 if self.group is None else distributed.get_world_size(self.group)
+
 
 def shard_of_rank(num_classes: int, group: "ProcessGroup") -> Shard:
     """Slices of equal length; the last ranks may hold fewer classes, or none, as in a ``DTensor``."""
@@ -86,7 +90,7 @@ def scaled_gradient(embeddings: Tensor, shard: Shard) -> Tensor:
     # multiplies the others by their number, and so it has to be here.
     if shard.group is None:
         return embeddings
-    scaled, ranks = embeddings.view_as(embeddings), distributed.get_world_size(shard.group)
+    scaled, ranks = embeddings.view_as(embeddings), shard.ranks
     if scaled.requires_grad:
         scaled.register_hook(lambda gradient: gradient * ranks)  # type: ignore[no-untyped-call]
     return scaled

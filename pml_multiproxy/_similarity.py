@@ -53,6 +53,17 @@ def keep_short(distance: Any, vectors: Tensor, source: torch.dtype) -> Tensor:
     return functional.keep_short(vectors, source) if is_plain_cosine(distance) else vectors
 
 
+def among_samples(distance: Any, embeddings: Tensor) -> Tensor:
+    """``(B, B)`` of ``(B, D)``. Embeddings that are not finite give finite values of no meaning, and get no
+    gradient.
+    """
+    finite = embeddings.isfinite().all(dim=1, keepdim=True)
+    # Some distances are not finite between vectors of zeros.
+    any_vector = torch.linspace(1, 2, embeddings.shape[1], dtype=embeddings.dtype, device=embeddings.device)
+    embeddings = torch.where(finite, embeddings, any_vector)
+    return similarities(distance, embeddings, embeddings)
+
+
 def within_classes(distance: Any, proxies: Tensor) -> Tensor:
     """``(c, K, K)`` of ``(c, K, D)``: the similarities between the proxies of each class."""
     dtype, rows = functional.compute_dtype(proxies), proxies.flatten(0, 1)

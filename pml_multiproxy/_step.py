@@ -10,10 +10,10 @@ from . import _analytic as analytic
 from . import _shard as sharding
 from . import _similarity as similarity
 from . import functional
-from ._analytic import online_softmax, within_class
+from ._analytic import neighbors, online_softmax, within_class
 from ._analytic.chunks import make_plan
 from ._analytic.poolings import POOLINGS
-from ._analytic.products import prepare
+from ._analytic.products import DistanceCalls, Products, prepare
 from ._check import Settings
 from ._shard import Shard
 
@@ -60,14 +60,10 @@ def sample_losses(step: Step) -> Result:
     """The loss of each sample."""
     if step.distance.collect_stats:
         similarity.record_norms(step.distance, step.embeddings, step.proxies.flatten(0, 1))
-    result = _by_autograd(step) if _implementation(step) == "autograd" else _by_analytic_gradient(step)
-    weight = step.settings.neighbor_weight
-    if weight is None:
+    if step.settings.neighbor_weight is None:
         weight = 0.0 if step.settings.views == 1 else 1.0
-    if not weight:
-        return result
-    neighbors = _neighbor_loss(step, result.assignments)
-    return result._replace(losses=result.losses + weight * neighbors, neighbors=neighbors)
+        step = step._replace(settings=step.settings._replace(neighbor_weight=weight))
+    return _by_autograd(step) if _implementation(step) == "autograd" else _by_analytic_gradient(step)
 
 
 def _implementation(step: Step) -> Implementation:
@@ -94,7 +90,7 @@ def _by_analytic_gradient(step: Step) -> Result:
     embeddings = sharding.scaled_gradient(step.embeddings, step.shard)
     products, embeddings, proxies = prepare(step.distance, embeddings, step.proxies)
     plan = make_plan(settings.classes_per_chunk, len(positions), proxies, proxies.dtype)
-    context = analytic.Context(products, plan, settings)
+    context = analytic.Context(products, plan, settings, step.shard.ranks)
     wants_gradient = torch.is_grad_enabled() and (embeddings.requires_grad or proxies.requires_grad)
     with torch.no_grad(), similarity.without_autocast(embeddings.device.type):
         scan = analytic.scan(context, proxies, positions, keep=plan.keep and wants_gradient)
@@ -104,10 +100,15 @@ def _by_analytic_gradient(step: Step) -> Result:
         partial = sharding.reduce(partial, positions, step.shard)
         classes = online_softmax.class_terms(partial.others, partial.target_similarity, settings.scale, settings.margin)
         terms = functional.Terms(classes.classification, partial.intra, classes.entropy, partial.balance)
-        losses = _sample_loss(terms, settings)
-    saved = analytic.Saved(positions, assignment, balance, classes)
+        losses, contrast = _sample_loss(terms, settings), None
+        if settings.neighbor_weight:
+            left_out = None if products.are_finite else _not_finite(step.embeddings)
+            sharing = _neighborhoods(step, products, proxies, positions, assignment.q.T, left_out)
+            contrast = neighbors.contrast(products.among_samples(), *sharing, step.labels, left_out, settings)
+            losses = torch.add(losses, contrast.losses, alpha=settings.neighbor_weight)
+    saved = analytic.Saved(positions, assignment, balance, classes, contrast)
     losses = analytic.with_gradient(losses, embeddings, proxies, context, saved, scan.kept)
-    return Result(losses, terms, assignment.q.T)
+    return Result(losses, terms, assignment.q.T, contrast and contrast.losses)
 
 
 def _by_autograd(step: Step) -> Result:
@@ -127,50 +128,55 @@ def _by_autograd(step: Step) -> Result:
         functional.inter_class_entropy(to_classes, settings.scale),
         functional.balance(assignments, _updated_usage(step, labels, assignments)),
     )
-    return Result(_sample_loss(terms, settings), terms, assignments)
+    losses, contrast = _sample_loss(terms, settings), None
+    if settings.neighbor_weight:
+        products = DistanceCalls(step.embeddings, step.distance)
+        with similarity.without_autocast(step.embeddings.device.type):
+            with torch.no_grad():
+                left_out = _not_finite(step.embeddings)
+                sharing = _neighborhoods(step, products, step.proxies, labels, assignments, left_out)
+            to_samples, temperature = products.among_samples(), settings.neighbor_temperature
+            contrast = functional.neighbor_loss(to_samples, *sharing, labels, temperature, settings.views, left_out)
+        losses = torch.add(losses, contrast, alpha=settings.neighbor_weight)
+    return Result(losses, terms, assignments, contrast)
 
 
-def _neighbor_loss(step: Step, assignments: Tensor) -> Tensor:
-    """``(B,)``; the gradient goes through the embeddings alone. Samples that are not finite are left out."""
-    settings, finite = step.settings, step.embeddings.isfinite().all(dim=1)
-    any_vector = torch.linspace(1, 2, step.embeddings.shape[1], dtype=step.embeddings.dtype, device=finite.device)
-    embeddings = torch.where(finite.unsqueeze(1), step.embeddings, any_vector)
-    with similarity.without_autocast(finite.device.type):
-        mean, smoothed = _neighborhoods(step, torch.where(finite.unsqueeze(1), assignments.detach(), 0), finite)
-        to_samples = similarity.similarities(step.distance, embeddings, embeddings).masked_fill(~finite, -torch.inf)
-        return functional.neighbor_loss(
-            to_samples, mean, smoothed, step.labels, settings.neighbor_temperature, settings.views
-        )
+def _not_finite(embeddings: Tensor) -> Tensor:
+    """Which embeddings are not finite, ``(B,)``."""
+    return (embeddings * 0).sum(dim=1) != 0
 
 
-@torch.no_grad()
-def _neighborhoods(step: Step, assignments: Tensor, finite: Tensor) -> tuple[Tensor, Tensor]:
+def _neighborhoods(
+    step: Step, products: Products, proxies: Tensor, positions: Tensor, assignments: Tensor, left_out: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """The assignment of each sample, averaged over its views, and its product with the kernel between the proxies of
-    its class: each ``(B, K)``, from the process that holds the class.
+    its class: each ``(B / V, K)``, from the process that holds the class.
     """
     views = step.settings.views
-    counts = torch.unflatten(finite, 0, (views, -1)).sum(dim=0).clamp_min(1).unsqueeze(1)
-    mean = torch.unflatten(assignments, 0, (views, -1)).sum(dim=0) / counts
-    smoothed = torch.zeros_like(mean)
-    if len(step.proxies):
-        positions = step.labels[: len(mean)] - step.shard.start
-        positions = positions.clamp(0, len(step.proxies) - 1)
-        if len(step.proxies) <= len(mean):
-            kernels = _kernels(step, step.proxies)[positions]
+    by_view = torch.unflatten(assignments, 0, (views, -1))
+    if left_out is None:
+        mean = by_view.mean(dim=0)
+    else:
+        of_view = torch.unflatten(left_out, 0, (views, -1)).unsqueeze(2)
+        mean = by_view.masked_fill(of_view, 0).sum(dim=0) / (~of_view).sum(dim=0).clamp_min(1)
+    smoothed, positions = mean, positions[: len(mean)]
+    if len(proxies):
+        local = sharding.is_local(positions, step.shard)
+        classes = positions if local is None else torch.where(local, positions, 0)
+        if len(proxies) <= len(mean):
+            kernels = _kernels(products.within_classes(proxies), step.settings.temperature)[classes]
         else:
-            kernels = _kernels(step, step.proxies[positions])
+            kernels = _kernels(products.within_classes(proxies, classes), step.settings.temperature)
         smoothed = torch.bmm(mean.unsqueeze(1), kernels.to(mean.dtype)).squeeze(1)
-    both = torch.stack([mean, smoothed]).repeat(1, views, 1)
-    mean, smoothed = sharding.from_target(both.mT, step.labels - step.shard.start, step.shard).mT
+    both = torch.cat([mean, smoothed], dim=1)
+    mean, smoothed = sharding.from_target(both.T, positions, step.shard).T.chunk(2, dim=1)
     return mean, smoothed
 
 
-def _kernels(step: Step, proxies: Tensor) -> Tensor:
-    """How near the proxies of a class are to each other, from 0 to 1: ``(c, K, K)`` of ``(c, K, D)``."""
-    to_each_other = similarity.within_classes(step.distance, proxies)
-    to_itself = to_each_other.diagonal(dim1=1, dim2=2)
-    below = to_each_other - (to_itself.unsqueeze(1) + to_itself.unsqueeze(2)) / 2
-    return (below / step.settings.temperature).exp()
+def _kernels(to_each_other: Tensor, temperature: float) -> Tensor:
+    """How near the proxies of a class are to each other, from 0 to 1: ``(c, K, K)`` of their similarities."""
+    to_itself = to_each_other.diagonal(dim1=1, dim2=2) / 2
+    return (to_each_other - to_itself.unsqueeze(1) - to_itself.unsqueeze(2)).div_(temperature).exp_()
 
 
 def _sample_loss(terms: functional.Terms, settings: Settings) -> Tensor:

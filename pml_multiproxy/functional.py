@@ -396,7 +396,13 @@ def balance(assignments: Tensor, own_usage: Tensor) -> Tensor:
 
 
 def neighbor_loss(
-    similarities: Tensor, assignments: Tensor, smoothed: Tensor, labels: Tensor, temperature: float, views: int
+    similarities: Tensor,
+    assignments: Tensor,
+    smoothed: Tensor,
+    labels: Tensor,
+    temperature: float,
+    views: int,
+    left_out: Tensor | None = None,
 ) -> Tensor:
     r"""Contrast between the samples of a batch. Samples of a class are neighbours as far as they share proxies.
 
@@ -420,14 +426,14 @@ def neighbor_loss(
     similarities of embeddings; class-conditional InfoNCE (Chen et al., *Perfectly Balanced*, ICML 2022).
 
     Args:
-        similarities: ``(B, B)``, between embeddings; the diagonal does not count, and a column of minus infinity leaves
-            a sample out.
-        assignments: ``(B, K)``, :math:`\bar q`.
-        smoothed: ``(B, K)``, :math:`\bar q_i^\top M_{y_i}`.
+        similarities: ``(B, B)``, between embeddings, finite; the diagonal does not count.
+        assignments: ``(B / V, K)``, :math:`\bar q`.
+        smoothed: ``(B / V, K)``, :math:`\bar q_i^\top M_{y_i}`.
         labels: ``(B,)``, long.
         temperature: :math:`\tau_N`, in units of the similarity.
         views: :math:`V`: the batch is so many blocks of equal length, and row ``i`` of every block is a view of the
             same sample.
+        left_out: ``(B,)``, bool: samples that are nobody's neighbours and not in the softmax; ``None``: there are none.
 
     Returns:
         ``(B,)``, in nats, at least 0; 0 for a sample without neighbours.
@@ -437,14 +443,30 @@ def neighbor_loss(
     >>> neighbor_loss(similarities, assignments, assignments, labels, temperature=0.2, views=1)
     tensor([0.0298, 0.0486, 0.0000])
     """
-    sample = torch.arange(len(labels), device=labels.device) % max(len(labels) // views, 1)
-    left_out = torch.eye(len(labels), dtype=torch.bool, device=labels.device) | (similarities.detach() == -torch.inf)
-    targets = torch.where(labels.unsqueeze(1) == labels, smoothed.detach() @ assignments.detach().T, 0)
-    targets = torch.where(sample.unsqueeze(1) == sample, 1, targets).masked_fill(left_out, 0)
-    targets = targets / targets.sum(dim=1, keepdim=True).clamp_min(torch.finfo(targets.dtype).tiny)
+    targets, log_softmax = neighbor_parts(similarities, assignments, smoothed, labels, temperature, views, left_out)
+    return 0 - (targets * log_softmax).sum(dim=1)  # not -0 for a sample without neighbours
+
+
+def neighbor_parts(
+    similarities: Tensor,
+    assignments: Tensor,
+    smoothed: Tensor,
+    labels: Tensor,
+    temperature: float,
+    views: int,
+    left_out: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The targets of :func:`neighbor_loss` and the logarithm of the softmax, each ``(B, B)``; arguments as there."""
+    sources = labels[: len(assignments)]
+    targets = (smoothed.detach() @ assignments.detach().T).masked_fill_(sources.unsqueeze(1) != sources, 0)
+    targets = torch.cat([targets.fill_diagonal_(1)] * views)
+    targets = torch.cat([targets] * views, dim=1).fill_diagonal_(0)
     # Not minus infinity: times a target of zero, it would be NaN.
-    logits = (similarities / temperature).masked_fill(left_out, 0.5 * torch.finfo(similarities.dtype).min)
-    return (targets * -F.log_softmax(logits, dim=1)).sum(dim=1)
+    logits, lowest = similarities / temperature, 0.5 * torch.finfo(similarities.dtype).min
+    if left_out is not None:
+        targets, logits = targets.masked_fill_(left_out, 0), logits.masked_fill_(left_out, lowest)
+    targets /= targets.sum(dim=1, keepdim=True).clamp_min_(torch.finfo(targets.dtype).tiny)
+    return targets, F.log_softmax(logits.fill_diagonal_(lowest), dim=1)
 
 
 class Terms(NamedTuple):

@@ -17,13 +17,13 @@ from torch import Tensor
 
 from .._check import Settings
 from .._similarity import without_autocast
-from . import within_class
+from . import neighbors, within_class
 from .chunks import Chunk, Plan, chunks_of
 from .online_softmax import ClassTerms, Sums, add_classes, logit_gradient, sums_of_none
 from .poolings import POOLINGS, Analytic, Derivative
 from .products import Products
 
-T = TypeVar("T", within_class.Assignment, within_class.Balance, ClassTerms)
+T = TypeVar("T", within_class.Assignment, within_class.Balance, ClassTerms, neighbors.Neighbors)
 
 
 class Computed(NamedTuple):
@@ -49,11 +49,13 @@ class Context(NamedTuple):
     products: Products
     plan: Plan
     settings: Settings
+    ranks: int
+    """How many processes compute a share of the gradient each."""
 
 
 def scan(context: Context, proxies: Tensor, positions: Tensor, keep: bool) -> Scan:
     """Walks over the classes once. ``keep``: whether to keep each chunk's results for backward."""
-    products, plan, settings = context
+    products, plan, settings, _ = context
     others, kept = None, []
     several = plan.classes_per_chunk < len(proxies)  # a single chunk may still be in the cache
     target_similarities = proxies.new_zeros(proxies.shape[1], len(positions))
@@ -80,6 +82,8 @@ class Saved(NamedTuple):
     assignment: within_class.Assignment
     balance: within_class.Balance
     classes: ClassTerms
+    neighbors: neighbors.Neighbors | None
+    """``None``: their weight is 0."""
 
 
 def with_gradient(
@@ -87,7 +91,7 @@ def with_gradient(
 ) -> Tensor:
     """The losses ``(B,)``, computed already, with their gradient for embeddings and proxies."""
     positions, *terms = saved
-    tensors = (losses, positions, *chain(*terms), *context.products.saved)
+    tensors = (losses, positions, *chain(*filter(None, terms)), *context.products.saved)
     result: Tensor = _Gradient.apply(context, kept, tensors, embeddings, proxies)  # type: ignore[no-untyped-call]
     return result
 
@@ -113,9 +117,10 @@ class _Gradient(torch.autograd.Function):
         embeddings, proxies, positions, *saved = ctx.saved_tensors
         rest = iter(saved)
         assignment, balance = _next(within_class.Assignment, rest), _next(within_class.Balance, rest)
-        classes = _next(ClassTerms, rest)
-        products, plan, settings = ctx.context
-        context = Context(products.restored(embeddings, tuple(rest)), plan, settings)
+        classes, settings = _next(ClassTerms, rest), ctx.context.settings
+        of_neighbors = _next(neighbors.Neighbors, rest) if settings.neighbor_weight else None
+        products = ctx.context.products.restored(embeddings, tuple(rest))
+        context = ctx.context._replace(products=products)
         # Used up here; another backward pass computes them again.
         kept, ctx.kept = ctx.kept, []
         with without_autocast(embeddings.device.type):
@@ -128,15 +133,18 @@ class _Gradient(torch.autograd.Function):
                 chunk.target.add_(gradient, grad_at_target)
                 rows = grad_proxies.flatten(0, 1)[chunk.rows]
                 gradient = gradient.flatten(0, 1)
-                grad_queries = context.products.add_gradients(chunk.proxies, chunk.rows, gradient, grad_queries, rows)
+                grad_queries = products.add_gradients(chunk.proxies, chunk.rows, gradient, grad_queries, rows)
             if grad_queries is None:  # this process holds no class
                 grad_queries = proxies.new_zeros(len(positions), proxies.shape[2])
-            grad_embeddings = context.products.grad_embeddings(grad_queries)
+            if of_neighbors is not None:
+                gradient = neighbors.gradient(of_neighbors, grad_losses, settings, context.ranks)
+                grad_queries = products.add_gradients_among_samples(gradient, grad_queries)
+            grad_embeddings = products.grad_embeddings(grad_queries)
         return None, None, None, grad_embeddings, grad_proxies
 
 
 def _computed_again(context: Context, proxies: Tensor, positions: Tensor) -> Iterator[Computed]:
-    products, plan, settings = context
+    products, plan, settings, _ = context
     for chunk in chunks_of(proxies, positions, settings.num_classes, plan.classes_per_chunk):
         pooling = _pool(products(chunk.proxies, chunk.rows).view(chunk.shape), settings)
         yield Computed(chunk, pooling.pooled, pooling.derivative(compact=False))

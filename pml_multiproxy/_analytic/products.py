@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import functional
-from .._similarity import autocast_dtype, is_plain_cosine, similarities
+from .._similarity import among_samples, autocast_dtype, is_plain_cosine, similarities, within_classes
 
 EPS = functional.norm_eps(torch.float32)
 
@@ -43,22 +43,25 @@ def _lengths(proxies: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _cosine_products(embeddings: Tensor, lengths: Tensor) -> "CosineProducts":
-    saved = (*_directions(embeddings), lengths, lengths.clamp_min(EPS).reciprocal_())
+    queries, divisors, are_finite = _directions(embeddings)
+    saved = queries, divisors, lengths, lengths.clamp_min(EPS).reciprocal_()
     rounded = autocast_dtype(embeddings.device.type)
     if rounded is not None and embeddings.dtype == torch.float32:  # autocast leaves float64 alone
-        return RoundedCosineProducts(*saved, rounded)
-    return CosineProducts(*saved)
+        return RoundedCosineProducts(*saved, are_finite, rounded)
+    return CosineProducts(*saved, are_finite)
 
 
-def _directions(embeddings: Tensor) -> tuple[Tensor, Tensor]:
-    """:func:`functional.normalize` and its divisors, ``(B, 1)``; a faster way on a CPU unless squares overflow."""
+def _directions(embeddings: Tensor) -> tuple[Tensor, Tensor, bool]:
+    """:func:`functional.normalize`, its divisors, ``(B, 1)``, and whether all is known to be finite; a faster way on a
+    CPU unless squares overflow.
+    """
     if embeddings.device.type == "cpu":
         lengths = torch.linalg.vector_norm(embeddings, dim=1, keepdim=True)
         if _sum_is_finite(lengths):
             divisors = lengths.clamp_min_(EPS)
-            return embeddings / divisors, divisors
+            return embeddings / divisors, divisors, True
     queries = functional.normalize(embeddings)
-    return queries, (embeddings * queries).sum(dim=1, keepdim=True).clamp_min_(EPS)
+    return queries, (embeddings * queries).sum(dim=1, keepdim=True).clamp_min_(EPS), False
 
 
 def _sum_is_finite(lengths: Tensor) -> bool:
@@ -72,11 +75,12 @@ class CosineProducts:
     the vector, since the cosine does not depend on lengths.
     """
 
-    def __init__(self, queries: Tensor, divisors: Tensor, lengths: Tensor, inverse: Tensor) -> None:
+    def __init__(self, queries: Tensor, divisors: Tensor, lengths: Tensor, inverse: Tensor, are_finite: bool) -> None:
         """``queries``: the embeddings after division by ``divisors``, ``(B, 1)``; ``lengths`` of all proxies,
-        ``(C * K, 1)``, and ``inverse``, 1 over them.
+        ``(C * K, 1)``, and ``inverse``, 1 over them; ``are_finite``: whether the embeddings are known to be.
         """
         self.queries, self.divisors, self.lengths, self.inverse = queries, divisors, lengths, inverse
+        self.are_finite = are_finite
         self.saved: tuple[Tensor, ...] = (queries, divisors, lengths, inverse)
         """For autograd to save beside the embeddings."""
         self.scratch: Tensor | None = None
@@ -87,7 +91,8 @@ class CosineProducts:
 
     def restored(self, embeddings: Tensor, saved: Sequence[Tensor]) -> "CosineProducts":
         """The same products, from the tensors that autograd saved."""
-        return CosineProducts(*saved)
+        queries, divisors, lengths, inverse = saved
+        return CosineProducts(queries, divisors, lengths, inverse, self.are_finite)
 
     def add_gradients(
         self, proxies: Tensor, rows: slice, gradient: Tensor, grad_queries: Tensor | None, grad_proxies: Tensor
@@ -113,6 +118,28 @@ class CosineProducts:
         along = (grad_queries * self.queries).sum(dim=1, keepdim=True).div_(_or_infinite(self.divisors))
         return grad_queries.div_(self.divisors).addcmul_(self.queries, along, value=-1)
 
+    def within_classes(self, proxies: Tensor, positions: Tensor | None = None) -> Tensor:
+        """The similarities between the proxies of each class, ``(c', K, K)`` of ``(c', K, D)``, or of those at the
+        positions, ``(n, K, K)``.
+        """
+        inverse = self.inverse.view(*proxies.shape[:2], 1)
+        if positions is not None:
+            inverse, proxies = inverse.index_select(0, positions), proxies.index_select(0, positions)
+        directions = proxies * inverse
+        return torch.bmm(directions, directions.mT)
+
+    def among_samples(self) -> Tensor:
+        """The similarities of the embeddings to each other, ``(B, B)``; 0 for those that are not finite."""
+        queries = self._finite_queries()
+        return torch.mm(queries, queries.T)
+
+    def add_gradients_among_samples(self, gradient: Tensor, grad_queries: Tensor) -> Tensor:
+        """``grad_queries``, which it may overwrite, with the gradient of :meth:`among_samples`, ``(B, B)``, added."""
+        return grad_queries.addmm_(gradient + gradient.T, self._finite_queries())
+
+    def _finite_queries(self) -> Tensor:
+        return self.queries if self.are_finite else self.queries.nan_to_num()
+
     def _project_(self, grad_proxies: Tensor, proxies: Tensor, rows: slice, along: Tensor) -> None:
         """``along``: the products of gradients and proxies, ``(P, 1)``, overwritten."""
         lengths = _or_infinite(self.lengths[rows])
@@ -125,8 +152,16 @@ class RoundedCosineProducts(CosineProducts):
     Proxies are normalized before they are rounded, since float16 cannot hold long ones.
     """
 
-    def __init__(self, queries: Tensor, divisors: Tensor, lengths: Tensor, inverse: Tensor, dtype: torch.dtype) -> None:
-        super().__init__(queries, divisors, lengths, inverse)
+    def __init__(
+        self,
+        queries: Tensor,
+        divisors: Tensor,
+        lengths: Tensor,
+        inverse: Tensor,
+        are_finite: bool,
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__(queries, divisors, lengths, inverse, are_finite)
         self.rounded = queries.to(dtype)
 
     def __call__(self, proxies: Tensor, rows: slice) -> Tensor:
@@ -135,7 +170,7 @@ class RoundedCosineProducts(CosineProducts):
 
     def restored(self, embeddings: Tensor, saved: Sequence[Tensor]) -> "RoundedCosineProducts":
         queries, divisors, lengths, inverse = saved
-        return RoundedCosineProducts(queries, divisors, lengths, inverse, self.rounded.dtype)
+        return RoundedCosineProducts(queries, divisors, lengths, inverse, self.are_finite, self.rounded.dtype)
 
     def add_gradients(
         self, proxies: Tensor, rows: slice, gradient: Tensor, grad_queries: Tensor | None, grad_proxies: Tensor
@@ -158,6 +193,7 @@ class DistanceCalls:
     """Similarities by any other distance of PML, differentiated by autograd; methods as above."""
 
     saved: tuple[Tensor, ...] = ()
+    are_finite = False
 
     def __init__(self, queries: Tensor, distance: Any) -> None:
         self.queries, self.distance = queries, distance
@@ -180,6 +216,19 @@ class DistanceCalls:
 
     def grad_embeddings(self, grad_queries: Tensor) -> Tensor:
         return grad_queries
+
+    def within_classes(self, proxies: Tensor, positions: Tensor | None = None) -> Tensor:
+        return within_classes(self.distance, proxies if positions is None else proxies[positions])
+
+    def among_samples(self) -> Tensor:
+        return among_samples(self.distance, self.queries)
+
+    def add_gradients_among_samples(self, gradient: Tensor, grad_queries: Tensor) -> Tensor:
+        with torch.enable_grad():
+            queries = self.queries.detach().requires_grad_()
+            similarity = among_samples(self.distance, queries)
+        (of_queries,) = torch.autograd.grad(similarity, queries, gradient, materialize_grads=True)
+        return grad_queries + of_queries
 
 
 Products = CosineProducts | DistanceCalls

@@ -1,0 +1,42 @@
+"""The contrast between the samples of a batch, and the gradient of their similarities."""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from .. import functional
+from .._check import Settings
+
+
+class Neighbors(NamedTuple):
+    losses: Tensor
+    """``(B,)``."""
+    slopes: Tensor
+    """The derivative of each loss by its logits, the similarities to all samples over the temperature, ``(B, B)``; of
+    no meaning for a sample without neighbours.
+    """
+
+
+def contrast(
+    similarities: Tensor,
+    assignments: Tensor,
+    smoothed: Tensor,
+    labels: Tensor,
+    left_out: Tensor | None,
+    settings: Settings,
+) -> Neighbors:
+    """:func:`functional.neighbor_loss`."""
+    temperature, views = settings.neighbor_temperature, settings.views
+    targets, log_softmax = functional.neighbor_parts(
+        similarities, assignments, smoothed, labels, temperature, views, left_out
+    )
+    losses = (targets * log_softmax).sum(dim=1).neg_()
+    return Neighbors(losses, log_softmax.exp_().sub_(targets))
+
+
+def gradient(neighbors: Neighbors, grad_losses: Tensor, settings: Settings, ranks: int) -> Tensor:
+    """Of the similarities, ``(B, B)``: the share of one of the ranks, all of which compute the same."""
+    weight = (settings.neighbor_weight or 0.0) / (settings.neighbor_temperature * ranks)
+    # A loss of 0 has no gradient: the sample has no neighbours, or reaches its targets.
+    weights = (weight * grad_losses).mul_(neighbors.losses.sign())
+    return neighbors.slopes * weights.unsqueeze(1)

@@ -456,7 +456,14 @@ def neighbor_parts(
     views: int,
     left_out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The targets of :func:`neighbor_loss` and the logarithm of the softmax, each ``(B, B)``; arguments as there."""
+    """The targets of :func:`neighbor_loss` and the logarithm of the softmax, each ``(B, B)``; arguments as there.
+
+    >>> one_proxy, labels = torch.ones(3, 1), torch.tensor([0, 0, 1])
+    >>> neighbor_parts(torch.eye(3), one_proxy, one_proxy, labels, temperature=0.2, views=1)[0]
+    tensor([[0., 1., 0.],
+            [1., 0., 0.],
+            [0., 0., 0.]])
+    """
     sources = labels[: len(assignments)]
     targets = (smoothed.detach() @ assignments.detach().T).masked_fill_(sources.unsqueeze(1) != sources, 0)
     targets = torch.cat([targets.fill_diagonal_(1)] * views)

@@ -1,3 +1,4 @@
+import os
 from importlib import metadata
 
 import pytest
@@ -17,6 +18,12 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 settings.load_profile("ours")
+
+
+def pytest_configure():
+    """The workers of pytest-xdist share the cores: each has one, and so have the programs that it starts."""
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 
 def pytest_report_header():

@@ -135,7 +135,9 @@ def assert_refuses_to_write(loss_func, batch, path):
 
 
 @pytest.mark.parametrize(
-    "compute", [parametrizations.weight_norm, functools.partial(prune.l1_unstructured, amount=0.3)], ids=str
+    "compute",
+    [parametrizations.weight_norm, functools.partial(prune.l1_unstructured, amount=0.3)],
+    ids=["weight_norm", "pruned"],
 )
 def test_proxies_that_are_computed_from_others_are_refused(compute, loss_func, batch, tmp_path):
     """What is written to them would be lost, and the usage would belong to other proxies."""

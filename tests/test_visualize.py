@@ -73,7 +73,7 @@ def texts(labels):
 def drawn(ax):
     ax.figure.set_dpi(30)
     ax.figure.canvas.draw()
-    return np.array(ax.figure.canvas.buffer_rgba()).tolist()
+    return bytes(ax.figure.canvas.buffer_rgba())
 
 
 @pytest.mark.parametrize("distance", DISTANCES)

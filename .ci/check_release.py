@@ -2,7 +2,7 @@
 
     python .ci/check_release.py TAG REPOSITORY
 
-What PyPI has once, nobody can change, so this runs before anything is built.
+Nobody can change a file on PyPI, so this runs before anything is built.
 """
 
 import re

@@ -124,7 +124,7 @@ def completed(study):
 
 
 def make_table(rows, given_up):
-    """Markdown: the best by agreement, and the best by what the search never saw."""
+    """Markdown: the best by agreement, and the best by fine labels, which the search never saw."""
     best = max(rows, key=lambda row: row["map_at_r"])
     named = {"chosen by agreement": rows[0], "best MAP@R of all trials": best, "least agreement": rows[-1]}
     lines = [

@@ -1,4 +1,4 @@
-"""Look at what each proxy stands for, and score the clusters where fine labels are known.
+"""Look at the images nearest to each proxy, and score the clusters where fine labels are known.
 
 A network learns the digits with the labels even and odd alone, from two views of each image. Then, for images that it
 was not trained with: the ones nearest to each proxy, in a picture; and how well the proxies of each class match the

@@ -15,8 +15,8 @@ Floats = NDArray[np.float64]
 Integers = NDArray[Any]
 
 LEAST_EXPLAINED = 0.6
-"""How much of what the proxies explain the groups have to explain. Chosen on validation parts: without such a bound,
-kinds of tomato leaves are joined; at 0.8, pepper leaves fall apart."""
+"""The groups have to explain at least this share of the spread that the proxies explain. Chosen on validation parts:
+without such a bound, kinds of tomato leaves are joined; at 0.8, pepper leaves fall apart."""
 
 LEAST_OF_PROXIES = 0.3
 """Where all proxies together explain less, there is nothing to tell apart, and the class is one group."""

@@ -1,4 +1,4 @@
-"""What a loss records with ``collect_stats=True``, and how it notices that nothing trains its proxies."""
+"""The statistics of ``collect_stats=True``, and a warning if nothing trains the proxies."""
 
 import math
 import warnings

@@ -42,7 +42,7 @@ def nearest_of_target(distance: Any, embeddings: Tensor, labels: Tensor, proxies
 def to_target(distance: Any, embeddings: Tensor, labels: Tensor, proxies: Tensor) -> Tensor:
     """The similarities to the proxies of each embedding's class, ``(B, K)``; ``labels`` are positions in ``proxies``.
 
-    Time and memory are linear in the number of embeddings, whatever the number of classes.
+    Time and memory are linear in the number of embeddings, and do not depend on the number of classes.
     """
     per_class = proxies.shape[1]
     result = embeddings.new_empty(len(labels), per_class, dtype=functional.compute_dtype(embeddings, proxies))

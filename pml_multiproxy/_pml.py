@@ -18,8 +18,8 @@ class ProxyLoss(WeightRegularizerMixin, BaseMetricLossFunction):  # type: ignore
     def loss_dict(
         self, losses: Tensor, labels: Tensor, indices_tuple: tuple[Tensor, ...] | None, proxies: Tensor
     ) -> dict[str, dict[str, Any]]:
-        """What PML's ``compute_loss`` returns: the losses ``(B,)`` times the miner's weights, and the regularization
-        of the proxies ``(C, K, D)``.
+        """The dict of PML's ``compute_loss``: the losses ``(B,)`` times the miner's weights, and the regularization of
+        the proxies ``(C, K, D)``.
         """
         if indices_tuple is not None:
             losses = losses * lmu.convert_to_weights(indices_tuple, labels, dtype=losses.dtype)
@@ -32,7 +32,7 @@ class ProxyLoss(WeightRegularizerMixin, BaseMetricLossFunction):  # type: ignore
         return result
 
     def reduced(self, loss_dict: dict[str, dict[str, Any]], embeddings: Tensor, labels: Tensor) -> Tensor:
-        """The scalar that PML's losses return, or what another reducer makes of it."""
+        """The result of the reducer, a scalar for most reducers."""
         if len(embeddings):
             with without_autocast(embeddings.device.type):
                 self.add_embedding_regularization_to_loss_dict(loss_dict, embeddings)

@@ -29,7 +29,7 @@ def write(path: str | Path, contents: dict[str, Any]) -> None:
 
 
 def read(path: str | Path, map_location: Any) -> dict[str, Any]:
-    """What :func:`write` wrote; runs no code of the file."""
+    """The contents of a file of :func:`write`. Runs no code of the file."""
     with open(path, "rb") as file:
         try:
             contents = torch.load(file, map_location=map_location, weights_only=True)

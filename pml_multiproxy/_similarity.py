@@ -86,7 +86,7 @@ def within_classes(distance: Any, proxies: Tensor) -> Tensor:
 
 
 def _values(distance: Any, queries: Tensor, references: Tensor) -> Tensor:
-    """What the distance returns for all pairs; it records no statistics."""
+    """The values of the distance for all pairs, without its statistics."""
     if type(distance).forward is not BaseDistance.forward:
         return torch.as_tensor(distance(queries, references))
     values: Tensor = distance.compute_mat(distance.maybe_normalize(queries), distance.maybe_normalize(references))
@@ -99,7 +99,7 @@ def _oriented(distance: Any, values: Tensor) -> Tensor:
 
 @torch.no_grad()
 def record_norms(distance: Any, embeddings: Tensor, proxies: Tensor) -> None:
-    """Records what one call of the distance with all proxies, ``(P, D)``, would record, if it is to."""
+    """Records the statistics of one call of the distance with all proxies, ``(P, D)``, if it collects any."""
     if not distance.collect_stats:
         return
     normalized = distance.maybe_normalize(embeddings), distance.maybe_normalize(proxies)

@@ -124,7 +124,7 @@ class ShardedMultiProxyEntropyLoss(MultiProxyEntropyLoss):
         return DTensor.from_local(local, self._mesh, [Shard(0)], run_check=False, shape=shape, stride=stride)
 
     def _facts(self) -> dict[str, Any]:
-        """What has to be the same on all ranks."""
+        """The settings that have to be the same on all ranks."""
         names = [name for name in Settings._fields if name != "classes_per_chunk"]
         facts = {name: getattr(self, name) for name in [*names, "embedding_reg_weight", "collect_stats"]}
         for name in ("distance", "reducer", "embedding_regularizer"):

@@ -1,5 +1,4 @@
-r"""What the proxies of a trained loss stand for: hidden groups, the samples nearest to each, and the match with fine
-labels.
+r"""Look into a trained loss: its hidden groups, the samples nearest to each proxy, and the match with fine labels.
 
 :func:`find_groups` merges the proxies of each class into the groups that its samples form, and :func:`worst_groups`
 says on which of them a model fails. :func:`nearest_samples` finds samples to look at. If you know fine labels of some
@@ -82,7 +81,7 @@ def nearest_samples(loss_func: MultiProxyEntropyLoss, embeddings: Array, labels:
 
 
 class Group(NamedTuple):
-    """What :func:`find_groups` says about one group.
+    """One group of :func:`find_groups`.
 
     >>> Group(group=0, label=2, size=40, proxies=[1, 7], nearest=[5, 3], certainty=0.9, found_again=None).size
     40

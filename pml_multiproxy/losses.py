@@ -97,7 +97,8 @@ class MultiProxyEntropyLoss(ProxyLoss):
         inter_weight: :math:`\lambda_\mathrm{inter}` >= 0.
         balance_weight: :math:`\lambda_\mathrm{balance}` >= 0.
         neighbor_weight: :math:`\lambda_\mathrm{neighbor}` >= 0. ``None``: 1 with several views, 0 with one. With one
-            view the term reinforces whatever the proxies found first, which helps on some data and harms on other.
+            view the term reinforces the first clusters that the proxies find: this helps on some data and harms on
+            other.
         neighbor_temperature: :math:`\tau_N` > 0, in units of the similarity.
         usage_momentum: per-sample momentum of the running usage, from 0 to 1.
         usage_group: for ``DistributedDataParallel``: the processes whose batches update the usage together. A
@@ -466,7 +467,7 @@ class MultiProxyEntropyLoss(ProxyLoss):
         20.0
         """
         self._whole()
-        self._written_to()  # refuses what a file cannot hold
+        self._written_to()  # refuses proxies that a file cannot hold
         contents = {
             "settings": self.settings() | {name: _plain(getattr(self, name)) for name in SAVED_ARGUMENTS},
             "modules": saving.names_of_modules(self),
@@ -483,8 +484,8 @@ class MultiProxyEntropyLoss(ProxyLoss):
         Args:
             path: of the file.
             map_location: where to put the tensors, as in ``torch.load``; ``None``: where they were.
-            **kwargs: what the file does not hold: ``distance``, ``reducer``, regularizers and ``usage_group``. Make
-                them as they were: only their classes are compared.
+            **kwargs: ``distance``, ``reducer``, regularizers and ``usage_group``, which the file does not hold. Make them
+                as they were: only their classes are compared.
 
         Raises:
             ValueError: for a damaged or foreign file, and for a ``distance``, ``reducer`` or regularizer of another

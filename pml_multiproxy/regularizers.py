@@ -57,7 +57,7 @@ class ProxyEntropyRegularizer(BaseRegularizer):  # type: ignore[misc]
             ``collect_stats``.
 
     Calling it: ``regularizer(weights)`` with weights ``(C * K, D)``, the proxies of one class after those of the other,
-    which is what PML's losses do. There is one penalty per proxy, ``(C * K,)``, which goes to the reducer. It is in
+    as PML's losses have them. There is one penalty per proxy, ``(C * K,)``, which goes to the reducer. It is in
     :func:`~pml_multiproxy.functional.compute_dtype` of the weights, also under autocast.
 
     Raises:

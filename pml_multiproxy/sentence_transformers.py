@@ -123,7 +123,7 @@ class MultiProxyEntropyLoss(nn.Module):
     def _views(self, columns: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
         views = self.loss_func.views
         if len(columns) == 1:
-            # AdaptiveLayerLoss calls with the same list once more, and reads what the model wrote into each dict.
+            # AdaptiveLayerLoss calls with the same list once more, and reads the outputs in each dict.
             columns.extend(dict(columns[0]) for _ in range(views - 1))
         if len(columns) != views:
             raise ValueError(

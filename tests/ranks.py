@@ -31,6 +31,7 @@ def on(*sizes):
 
         group, *others = inspect.signature(function).parameters.values()
         test.__signature__ = inspect.Signature([group.replace(name="pool"), group.replace(name="size"), *others])
+        test = pytest.mark.xdist_group("ranks")(test)  # one pool
         return pytest.mark.parametrize("size", sizes, ids=[f"{size} ranks" for size in sizes])(test)
 
     return make_test

@@ -11,7 +11,7 @@ INNER_NAMES = {"_record_these_stats", "lmu", "c_f", "loss_and_miner_utils", "com
 
 
 def faults(source):
-    """What of the inner parts of PML a file imports or names."""
+    """The inner parts of PML that a file imports or names."""
     found = []
     for node in ast.walk(ast.parse(source)):
         modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []

@@ -1,4 +1,4 @@
-"""The loss as a part of a graph: what is edited, computed again, transformed or asked for in other ways."""
+"""The loss as a part of a graph: edited, computed again, transformed, or asked for in other ways."""
 
 import pytest
 import torch

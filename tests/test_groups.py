@@ -1,4 +1,4 @@
-"""Hidden groups: known clusters are found, found again and ranked; what cannot work is refused or warned of."""
+"""Hidden groups: known clusters are found, found again and ranked; bad input is refused or warned of."""
 
 import re
 

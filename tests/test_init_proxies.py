@@ -140,7 +140,7 @@ def assert_refuses_to_write(loss_func, batch, path):
     ids=["weight_norm", "pruned"],
 )
 def test_proxies_that_are_computed_from_others_are_refused(compute, loss_func, batch, tmp_path):
-    """What is written to them would be lost, and the usage would belong to other proxies."""
+    """New values would be lost, and the usage would belong to other proxies."""
     compute(loss_func, "proxies")
     assert_refuses_to_write(loss_func, batch, tmp_path / "loss.pt")
 

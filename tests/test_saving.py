@@ -125,7 +125,7 @@ class Pooling(str, Enum):
 
 @pytest.mark.parametrize("temperature", [np.float64(0.25), np.float32(0.25)], ids=repr)
 def test_settings_are_plain(temperature, path):
-    """A schedule sets them to whatever it computes with; with those, a state dict would not load any more."""
+    """A schedule sets them to numbers of NumPy or torch; with those, a state dict would not load any more."""
     loss_func = MultiProxyEntropyLoss(3, 8, 4, pooling=Pooling.MAX, scale=np.float32(20))
     loss_func.temperature = temperature
     assert {type(value) for value in loss_func.settings().values()} <= {int, float, str, type(None)}

@@ -155,7 +155,7 @@ def test_rows_that_are_not_finite_never_enter_the_usage(group):
 
 @on(2)
 def test_embeddings_of_less_precision(group):
-    """Are sent as they are; what is summed over the ranks is not rounded to them."""
+    """Are sent as they are; sums over the ranks are not rounded to them."""
     rank = distributed.get_rank(group)
     one, sharded = (loss_func.float() for loss_func in pair_of_losses(group))
     ((embeddings, labels),) = rows(one, [4, 9])

@@ -64,7 +64,7 @@ def test_autocast_leaves_float64_alone(batch):
 
 @pytest.mark.parametrize(("intra", "balance"), [(0.0, 0.5), (0.25, 0.0), (0.25, 0.5)])
 def test_small_gradient_of_a_nearly_certain_assignment(intra, balance):
-    """In float32, relative to itself: it is what remains of potentials that are ten million times as large."""
+    """In float32, relative to itself: it remains of potentials that are ten million times as large."""
     for views in (1, 2):
         options = {"temperature": 0.05, "intra_weight": intra, "balance_weight": balance, "views": views}
         loss_func = MultiProxyEntropyLoss(1, 8, 4, **options).eval()

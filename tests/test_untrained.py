@@ -1,4 +1,4 @@
-"""Proxies in no optimizer are noticed, once; whoever knows what they do is left alone."""
+"""Proxies in no optimizer are noticed, once; people who froze them are left alone."""
 
 import warnings
 from functools import partial

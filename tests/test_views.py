@@ -1,4 +1,4 @@
-"""Batches of views: their structure, whatever the items are, and in the places where PML takes datasets."""
+"""Batches of views: their structure for items of all kinds, and in the places where PML takes datasets."""
 
 import random
 import re

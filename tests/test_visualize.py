@@ -1,4 +1,4 @@
-"""The pictures show what the loss does, whatever axes they are drawn on, and leave the loss as it was."""
+"""The pictures show the proxies of the loss, on any axes, and leave the loss as it was."""
 
 import math
 import re

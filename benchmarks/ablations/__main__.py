@@ -1,4 +1,4 @@
-"""What the k-means start, the miner and the regularizer do to retrieval.
+"""The effect of the k-means start, the miner and the regularizer on retrieval.
 
 The task is ``clinc-coarse`` of benchmarks/retrieval, trained without its validation part. Ours is at its defaults, but
 for what a row names. "Sibling cosine" is the mean cosine between proxies of one class after training.

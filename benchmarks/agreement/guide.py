@@ -6,7 +6,7 @@ balance their proxies, most of which end with one proxy that takes nearly all sa
 --seeds seeds and forms pairs that share no seed. MAP@R of the held-out samples stands beside the agreement.
 
 Writes one row to results/trainings.csv when a training ends, and goes on from what that holds; then, from these rows
-alone, the tables guide.md (what each of two measures chooses), pairs.md and samples.md.
+alone, the tables guide.md (the choices of two measures), pairs.md and samples.md.
 """
 
 import argparse
@@ -111,7 +111,7 @@ def largest_share(pair):
 
 
 def guide(trained):
-    """Each measure as a guide: what it chooses among our settings, and what among all."""
+    """Each measure as a guide: its choice among our settings, and among all."""
     rows = []
     for task in COARSE:
         for what, settings in (("ours", GRID), ("and unbalanced", GRID + UNBALANCED)):
@@ -154,7 +154,7 @@ def pairs(trained):
 
 
 def samples(trained):
-    """By number of held-out samples per class: the agreement with the spread over subsets, and what it chooses."""
+    """By number of held-out samples per class: the agreement with the spread over subsets, and its choice."""
     rows, generator = [], np.random.default_rng(0)
     for task in COARSE:
         for setting in OFTEN:
@@ -176,7 +176,7 @@ def subset_cell(pairs, count, generator):
 
 
 def chosen_cell(pairs, count, generator):
-    """Mean MAP@R of what is chosen from the grid, over subsets that differ from setting to setting."""
+    """Mean MAP@R of the choice from the grid, over subsets that differ from setting to setting."""
     chosen = [
         np.argmax([compare(pair, count, generator).mean for pair in pairs]) for _ in range(SUBSETS if count else 1)
     ]

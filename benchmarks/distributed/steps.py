@@ -1,9 +1,9 @@
-"""What a step of the sharded loss sends, how long it takes and what memory it needs, on processes of one machine.
+"""The traffic, time and memory of a step of the sharded loss, on processes of one machine.
 
 For 1, 2 and 4 processes (gloo), each with one thread: the bytes that a rank hands to each kind of collective in a step,
 which must be those of :func:`formula`; the median time of a step, forward and backward; and the peak memory of a rank
 beyond its proxies, their gradient and its samples. The batch of all ranks together and the proxies are the same for any
-number of processes. Processes of one machine share its cores and its memory, so the times show what the exchange costs,
+number of processes. Processes of one machine share its cores and its memory: the times show the cost of the exchange,
 not how it scales over machines.
 
 Writes results/distributed.csv and makes results/distributed.md of it. Needs Linux.

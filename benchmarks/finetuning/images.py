@@ -1,4 +1,4 @@
-"""EfficientNet-Lite0 on images: its frozen lower blocks run once, the other blocks are trained on what they return."""
+"""EfficientNet-Lite0 on images: its frozen lower blocks run once, the other blocks are trained on their outputs."""
 
 import io
 import math
@@ -145,7 +145,7 @@ def shifts_of(conv, side):
 
 
 class Activations:
-    """What the frozen blocks return for each image as it is, and for stored random views of those to train with."""
+    """The outputs of the frozen blocks for each image as it is, and for stored random views of those to train with."""
 
     def __init__(self, plain, random, training):
         self.of_plain, self.random = plain, random

@@ -25,7 +25,7 @@ CHOSEN = {
 """Beside the defaults, the two of the twelve that were best on the validation parts of the retrieval benchmark's tasks
 with views: for coarse labels, for new classes."""
 OF_OURS = {}, {"neighbor_temperature": 0.1}, {"neighbor_weight": 0.0}
-"""What of our defaults changes. The lower temperature comes from the validation part of the leaves."""
+"""Changes of our defaults. The lower temperature comes from the validation part of the leaves."""
 FAMILIES = {
     OURS: RETRIEVAL[OURS],
     ONE_PROXY: RETRIEVAL[ONE_PROXY],

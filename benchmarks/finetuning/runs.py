@@ -1,4 +1,4 @@
-"""The rows of one task, and what validation chose from them."""
+"""The rows of one task, and the settings that validation chose from them."""
 
 from statistics import fmean
 

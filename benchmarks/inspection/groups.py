@@ -1,4 +1,4 @@
-"""Hidden groups on held-out samples: are they the fine labels, and does the worst of them show what a model cannot do?
+"""Hidden groups on held-out samples: are they the fine labels, and does the worst of them show where a model fails?
 
 ``--table groups`` compares ``find_groups`` with k-means, spherical k-means (both are told the true number of groups of
 each class) and HDBSCAN, of the same embeddings and of the inputs: pixels or pretrained features. Scores are means over

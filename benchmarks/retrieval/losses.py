@@ -196,7 +196,7 @@ def proxy_counts(loss, task):
 
 
 def candidates(loss, task):
-    """What the agreement of two seeds chooses from.
+    """The settings that the agreement of two seeds chooses from.
 
     All configurations; for k-means numbers of clusters, since nothing else changes the assignment of samples.
     """

@@ -1,4 +1,4 @@
-"""Which settings each table takes, and what was measured with them."""
+"""The settings of each table, and the results of their runs."""
 
 from functools import cache
 

@@ -1,4 +1,4 @@
-"""What the losses are trained and evaluated on: the data of each task, its network, and how long it trains.
+"""The data of each task, its network, and how long it trains.
 
 ``cub``, ``cars196`` and ``sop`` are for a machine with a GPU: PML's own dataset classes, with a trunk from timm.
 """

@@ -10,7 +10,7 @@ ANGLE, SCALE, SHEAR, SHIFT = math.radians(15), 0.15, 0.15, 0.1
 
 
 def augment(images, generator):
-    """One random affine view of each image ``(B, channels, height, width)``; what comes from outside it is 0."""
+    """One random affine view of each image ``(B, channels, height, width)``; pixels from outside it are 0."""
     angle, scale, shear, right, down = (2 * torch.rand(5, len(images), generator=generator) - 1) * torch.tensor(
         [[ANGLE], [SCALE], [SHEAR], [SHIFT], [SHIFT]]
     )

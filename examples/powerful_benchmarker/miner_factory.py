@@ -14,5 +14,5 @@ class MinerFactory(factories.MinerFactory):
         return miner(**params | {"loss_func": loss_funcs[params["loss_func"]]})
 
 
-# What the benchmarker passes to this factory, by the name that it looks for.
+# Arguments that the benchmarker passes to this factory, by the name that it looks for.
 BaseAPIParser.default_kwargs_mining_funcs = lambda self: {"loss_funcs": lambda: self.loss_funcs}

@@ -43,7 +43,7 @@ def main():
     parser.add_argument("--merge_argparse_when_resuming", action="store_true", help="new options change a resumed run")
     parser.add_argument("--bayes_opt_iters", type=int, metavar="N", help="search, with so many trials")
     parser.add_argument("--reproductions", type=int, default=0, metavar="N", help="of the best trial of a search")
-    # What is left in sys.argv, the benchmarker reads itself.
+    # The benchmarker reads the rest of sys.argv itself.
     options, sys.argv[1:] = parser.parse_known_args()
     compat.apply()
     runner = make_runner(**vars(options))

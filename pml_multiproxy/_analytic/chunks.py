@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 DENSE_BYTES = 2**28
-"""While all similarities take no more than this, forward keeps for backward what it computed."""
+"""While all similarities take no more than this, forward keeps its results for backward."""
 
 CHUNK_BYTES = 2**21
 """Size of the similarities of a chunk on a CPU: they stay in its cache."""

@@ -50,7 +50,7 @@ def gradient(assignment: Assignment, balance: Balance, grad_losses: Tensor, sett
         weight = by_intra * grad_losses
         others = _mean_of_other_views(weight.unsqueeze(0), settings.views)
         result += others * assignment.q - _mean_of_other_views(weight * assignment.q, settings.views)
-    # The gradient sums to zero over the proxies. The likeliest proxy takes up what rounding left of that sum.
+    # The gradient sums to zero over the proxies. The likeliest proxy takes up the rest that rounding left.
     return result.addcmul_(assignment.q, result.sum(dim=0), value=-1)
 
 

@@ -484,8 +484,8 @@ class MultiProxyEntropyLoss(ProxyLoss):
         Args:
             path: of the file.
             map_location: where to put the tensors, as in ``torch.load``; ``None``: where they were.
-            **kwargs: ``distance``, ``reducer``, regularizers and ``usage_group``, which the file does not hold. Make them
-                as they were: only their classes are compared.
+            **kwargs: ``distance``, ``reducer``, regularizers and ``usage_group``, which the file does not hold. Make
+                them as they were: only their classes are compared.
 
         Raises:
             ValueError: for a damaged or foreign file, and for a ``distance``, ``reducer`` or regularizer of another

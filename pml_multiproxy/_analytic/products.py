@@ -2,6 +2,8 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -44,11 +46,12 @@ def _lengths(proxies: Tensor) -> tuple[Tensor, Tensor]:
 
 def _cosine_products(embeddings: Tensor, lengths: Tensor) -> "CosineProducts":
     queries, divisors, are_finite = _directions(embeddings)
-    saved = queries, divisors, lengths, lengths.clamp_min(EPS).reciprocal_()
     rounded = autocast_dtype(embeddings.device.type)
-    if rounded is not None and embeddings.dtype == torch.float32:  # autocast leaves float64 alone
-        return RoundedCosineProducts(*saved, are_finite, rounded)
-    return CosineProducts(*saved, are_finite)
+    if embeddings.dtype != torch.float32:  # autocast leaves float64 alone
+        rounded = None
+    kind = CosineProducts if rounded is None else RoundedCosineProducts
+    inverse = lengths.clamp_min(EPS).reciprocal_()
+    return kind(queries, divisors, lengths, inverse, are_finite, rounded or queries.dtype)
 
 
 def _directions(embeddings: Tensor) -> tuple[Tensor, Tensor, bool]:
@@ -68,6 +71,7 @@ def _sum_is_finite(lengths: Tensor) -> bool:
     return float(lengths.sum()) < math.inf
 
 
+@dataclass
 class CosineProducts:
     """Cosine similarities, without normalized proxies in memory.
 
@@ -75,15 +79,24 @@ class CosineProducts:
     the vector, since the cosine does not depend on lengths.
     """
 
-    def __init__(self, queries: Tensor, divisors: Tensor, lengths: Tensor, inverse: Tensor, are_finite: bool) -> None:
-        """``queries``: the embeddings after division by ``divisors``, ``(B, 1)``; ``lengths`` of all proxies,
-        ``(C * K, 1)``, and ``inverse``, 1 over them; ``are_finite``: whether the embeddings are known to be.
-        """
-        self.queries, self.divisors, self.lengths, self.inverse = queries, divisors, lengths, inverse
-        self.are_finite = are_finite
-        self.saved: tuple[Tensor, ...] = (queries, divisors, lengths, inverse)
+    queries: Tensor
+    """The embeddings after division by the divisors, ``(B, D)``."""
+    divisors: Tensor
+    """``(B, 1)``"""
+    lengths: Tensor
+    """Of all proxies, ``(C * K, 1)``."""
+    inverse: Tensor
+    """1 over the lengths."""
+    are_finite: bool
+    """Whether the embeddings are known to be finite."""
+    dtype: torch.dtype
+    """Of the matrix products with proxies."""
+    scratch: Tensor | None = None
+
+    @property
+    def saved(self) -> tuple[Tensor, ...]:
         """For autograd to save beside the embeddings."""
-        self.scratch: Tensor | None = None
+        return self.queries, self.divisors, self.lengths, self.inverse
 
     def __call__(self, proxies: Tensor, rows: slice) -> Tensor:
         """The similarities ``(P, B)``, in new memory, to the proxies ``(P, D)``; ``rows``: their rows among all."""
@@ -92,7 +105,7 @@ class CosineProducts:
     def restored(self, embeddings: Tensor, saved: Sequence[Tensor]) -> "CosineProducts":
         """The same products, from the tensors that autograd saved."""
         queries, divisors, lengths, inverse = saved
-        return CosineProducts(queries, divisors, lengths, inverse, self.are_finite)
+        return type(self)(queries, divisors, lengths, inverse, self.are_finite, self.dtype)
 
     def add_gradients(
         self, proxies: Tensor, rows: slice, gradient: Tensor, grad_queries: Tensor | None, grad_proxies: Tensor
@@ -152,31 +165,19 @@ class RoundedCosineProducts(CosineProducts):
     Proxies are normalized before they are rounded, since float16 cannot hold long ones.
     """
 
-    def __init__(
-        self,
-        queries: Tensor,
-        divisors: Tensor,
-        lengths: Tensor,
-        inverse: Tensor,
-        are_finite: bool,
-        dtype: torch.dtype,
-    ) -> None:
-        super().__init__(queries, divisors, lengths, inverse, are_finite)
-        self.rounded = queries.to(dtype)
+    @cached_property
+    def rounded(self) -> Tensor:
+        return self.queries.to(self.dtype)
 
     def __call__(self, proxies: Tensor, rows: slice) -> Tensor:
-        directions = (proxies * self.inverse[rows]).to(self.rounded.dtype)
+        directions = (proxies * self.inverse[rows]).to(self.dtype)
         return torch.mm(directions, self.rounded.T).to(proxies.dtype)
-
-    def restored(self, embeddings: Tensor, saved: Sequence[Tensor]) -> "RoundedCosineProducts":
-        queries, divisors, lengths, inverse = saved
-        return RoundedCosineProducts(queries, divisors, lengths, inverse, self.are_finite, self.rounded.dtype)
 
     def add_gradients(
         self, proxies: Tensor, rows: slice, gradient: Tensor, grad_queries: Tensor | None, grad_proxies: Tensor
     ) -> Tensor:
-        directions = (proxies * self.inverse[rows]).to(self.rounded.dtype)
-        gradient = gradient.to(self.rounded.dtype)
+        directions = (proxies * self.inverse[rows]).to(self.dtype)
+        gradient = gradient.to(self.dtype)
         of_chunk = torch.mm(gradient.T, directions).to(proxies.dtype)
         grad_proxies.copy_(torch.mm(gradient, self.rounded)).mul_(self.inverse[rows])
         along = (grad_proxies * proxies).sum(dim=1, keepdim=True)

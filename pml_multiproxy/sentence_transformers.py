@@ -60,7 +60,10 @@ class MultiProxyEntropyLoss(nn.Module):
             count, since the library truncates after training only.
         num_classes: C, at least 1.
         proxies_per_class: K, at least 1; ``None``: the default of the inner loss.
-        **kwargs: arguments of the inner loss, for instance ``views``, ``temperature``, ``intra_weight``.
+        scale: as in the inner loss, whose default is 10. Pretrained encoders embed sentences of a class close together:
+            validation on text (``benchmarks/finetuning``) chose larger differences.
+        temperature: as in the inner loss, whose default is 0.1, for the same reason.
+        **kwargs: other arguments of the inner loss, for instance ``views``, ``intra_weight``.
 
     Attributes:
         model: the model as given.
@@ -87,14 +90,22 @@ class MultiProxyEntropyLoss(nn.Module):
     """
 
     def __init__(
-        self, model: SentenceTransformer, num_classes: int, proxies_per_class: int | None = None, **kwargs: Any
+        self,
+        model: SentenceTransformer,
+        num_classes: int,
+        proxies_per_class: int | None = None,
+        *,
+        scale: float = 20.0,
+        temperature: float = 0.05,
+        **kwargs: Any,
     ) -> None:
         super().__init__()
         if proxies_per_class is not None:
             kwargs["proxies_per_class"] = proxies_per_class
         kwargs.setdefault("usage_group", "world")
         self.model = model
-        self.loss_func = losses.MultiProxyEntropyLoss(num_classes, _embedding_size(model), **kwargs)
+        size = _embedding_size(model)
+        self.loss_func = losses.MultiProxyEntropyLoss(num_classes, size, scale=scale, temperature=temperature, **kwargs)
         self.loss_func.to(model.device)
         self._parallel: list[DistributedDataParallel] = []  # a list, so that the state does not hold the proxies twice
 

@@ -2,6 +2,7 @@
 
 import csv
 import importlib
+import inspect
 import io
 import sys
 import zipfile
@@ -95,6 +96,12 @@ def test_two_views_of_an_image_are_different_and_those_of_its_own(bench):
     first, second = store.views(torch.tensor([0, 2, 4]), 2, torch.Generator()).flatten().chunk(2)
     assert (first // 10).tolist() == (second // 10).tolist() == [1, 2, 0]
     assert (first != second).all()
+
+
+def test_text_takes_the_defaults_of_the_loss_for_text(bench):
+    text = pytest.importorskip("pml_multiproxy.sentence_transformers")
+    parameters = inspect.signature(text.MultiProxyEntropyLoss).parameters
+    assert {name: parameters[name].default for name in bench.losses.TEXT} == bench.losses.TEXT
 
 
 def test_matrix_products_are_the_blocks(bench):

@@ -24,8 +24,11 @@ CHOSEN = {
 }
 """Beside the defaults, the two of the twelve that were best on the validation parts of the retrieval benchmark's tasks
 with views: for coarse labels, for new classes."""
-OF_OURS = {}, {"neighbor_temperature": 0.1}, {"neighbor_weight": 0.0}
-"""Changes of our defaults. The lower temperature comes from the validation part of the leaves."""
+TEXT = {"scale": 20.0, "temperature": 0.05}
+"""The defaults of :class:`pml_multiproxy.sentence_transformers.MultiProxyEntropyLoss`, from validation on the text."""
+OF_IMAGES = {}, {"neighbor_temperature": 0.1}, {"neighbor_weight": 0.0}
+OF_TEXT = TEXT, {}, TEXT | {"neighbor_weight": 0.0}
+"""Changes of our defaults. The lower neighbour temperature comes from the validation part of the leaves."""
 FAMILIES = {
     OURS: RETRIEVAL[OURS],
     ONE_PROXY: RETRIEVAL[ONE_PROXY],
@@ -44,6 +47,7 @@ def configurations(loss, task):
     """Without the schedule. Both sums of a softmax and a contrast have the same configurations."""
     peer = INSTANCES if loss == WITHIN else loss
     found = drawn(peer, "views")
-    if loss == OURS:
-        return [found[0] | change for change in OF_OURS]
+    if loss in (OURS, ONE_PROXY):
+        changes = OF_TEXT if "text" in task else OF_IMAGES
+        return [found[0] | change for change in (changes if loss == OURS else changes[:1])]
     return [found[i] for i in (0, *CHOSEN.get(peer, ((), ()))["unseen" in task])]

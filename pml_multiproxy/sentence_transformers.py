@@ -182,9 +182,10 @@ class SentenceTransformerTrainer(LibraryTrainer):
         consume_prefix_in_state_dict_if_present(state, "loss_func.")
         loss_func.load_state_dict(state)
 
-    Here ``loss_func`` is a :class:`pml_multiproxy.losses.MultiProxyEntropyLoss`, or ``loss.loss_func`` of the loss in
-    this module. With a dict of losses, write its key in place of ``""``. For a loss within ``AdaptiveLayerLoss`` or
-    ``MatryoshkaLoss``, the prefix is ``"loss.loss_func."``; within ``Matryoshka2dLoss``, ``"loss.loss.loss_func."``.
+    Here ``loss_func`` is a :class:`pml_multiproxy.losses.MultiProxyEntropyLoss`, made with ``scale=20`` and
+    ``temperature=0.05`` if you trained with the defaults, or ``loss.loss_func`` of the loss in this module. With a dict
+    of losses, write its key in place of ``""``. For a loss within ``AdaptiveLayerLoss`` or ``MatryoshkaLoss``, the
+    prefix is ``"loss.loss_func."``; within ``Matryoshka2dLoss``, ``"loss.loss.loss_func."``.
 
     Raises:
         FileNotFoundError: when resuming from a checkpoint without ``loss.pt``: the library's trainer wrote it.

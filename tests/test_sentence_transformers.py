@@ -34,6 +34,8 @@ pytestmark = pytest.mark.filterwarnings("default")  # the libraries warn
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 VIEWS = {"one": (1, ["text"]), "dropout": (2, ["text"]), "two columns": (2, ["text", "other_wording"])}
+DEFAULTS = {"scale": 20, "temperature": 0.05}
+"""Where the loss for text differs from the inner one."""
 WRAPPERS = {
     "none": lambda model, loss: loss,
     "Matryoshka2dLoss": lambda model, loss: Matryoshka2dLoss(model, loss, [32, 16]),
@@ -147,7 +149,7 @@ def test_within_the_librarys_wrappers(model, features, views):
     (count, names), (columns, labels) = VIEWS[views], features
     columns, kwargs = columns[: len(names)], {"n_layers_per_step": -1, "kl_div_weight": 0}
     loss = MultiProxyEntropyLoss(model, 3, 4, views=count).eval()
-    halved = losses.MultiProxyEntropyLoss(3, 16, 4, views=count).eval()
+    halved = losses.MultiProxyEntropyLoss(3, 16, 4, views=count, **DEFAULTS).eval()
     halved.proxies.data = loss.loss_func.proxies[..., :16].detach()
     model[0].auto_model.config.output_hidden_states = True
     outputs = [model(dict(column)) for column in columns]
@@ -225,14 +227,14 @@ def test_the_saved_loss_loads_as_the_docstring_says(text_data, tmp_path):
     example = SentenceTransformerTrainer.__doc__.split("::\n\n")[1].split("\n\n    Here")[0]
     example = "\n".join(line.strip() for line in example.splitlines()).replace("out/loss.pt", str(tmp_path / LOSS_FILE))
     for make in (
-        lambda **kwargs: losses.MultiProxyEntropyLoss(3, 32, 4, **kwargs),
+        lambda **kwargs: losses.MultiProxyEntropyLoss(3, 32, 4, **DEFAULTS | kwargs),
         lambda **kwargs: MultiProxyEntropyLoss(text_data.make_model(), 3, 4, **kwargs).loss_func,
     ):
         loss_func = make()
         exec(example, {"torch": torch, "loss_func": loss_func})
         assert same(trainer.loss.loss_func.state_dict(), loss_func.state_dict())
-        with pytest.warns(UserWarning, match=r"other settings: scale was 10\.0 and is 20\.0"):
-            exec(example, {"torch": torch, "loss_func": make(scale=20)})
+        with pytest.warns(UserWarning, match=r"other settings: scale was 20\.0 and is 30\.0"):
+            exec(example, {"torch": torch, "loss_func": make(scale=30)})
 
 
 @pytest.mark.parametrize("views", ["one", pytest.param("dropout", marks=pytest.mark.slow), "two columns"])

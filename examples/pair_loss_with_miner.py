@@ -1,8 +1,8 @@
 """A pair loss that respects the clusters inside a class.
 
 A pair loss pulls all samples of a class together. Trained with coarse labels, it throws away their differences.
-MultiProxyMiner gives it only positives at the same proxy, and negatives that intrude. Task and network are those of
-coarse_to_fine.py: train with the labels even and odd, retrieve digits.
+MultiProxyMiner picks the pairs: positives at the proxy of the anchor, and negatives that are as close to this proxy as
+the anchor. Task and network are those of coarse_to_fine.py: train with the labels even and odd, retrieve digits.
 """
 
 import argparse

@@ -102,13 +102,14 @@ def _by_analytic_gradient(step: Step) -> Result:
         terms = functional.Terms(classes.classification, partial.intra, classes.entropy, partial.balance)
         losses, contrast = _sample_loss(terms, settings), None
         if settings.neighbor_weight:
-            left_out = None if products.are_finite else _not_finite(step.embeddings)
+            left_out = None if products.are_finite else similarity.not_finite(step.embeddings)
             sharing = _neighborhoods(step, products, proxies, positions, assignment.q.T, left_out)
-            contrast = neighbors.contrast(products.among_samples(), *sharing, step.labels, left_out, settings)
+            targets = functional.neighbor_targets(*sharing, step.labels, settings.views, left_out)
+            contrast = neighbors.contrast(products.among_samples(), targets, left_out, settings)
             losses = torch.add(losses, contrast.losses, alpha=settings.neighbor_weight)
     saved = analytic.Saved(positions, assignment, balance, classes, contrast)
     losses = analytic.with_gradient(losses, embeddings, proxies, context, saved, scan.kept)
-    return Result(losses, terms, assignment.q.T, contrast and contrast.losses)
+    return Result(losses, terms, assignment.q.T, None if contrast is None else contrast.losses)
 
 
 def _by_autograd(step: Step) -> Result:
@@ -133,17 +134,12 @@ def _by_autograd(step: Step) -> Result:
         products = DistanceCalls(step.embeddings, step.distance)
         with similarity.without_autocast(step.embeddings.device.type):
             with torch.no_grad():
-                left_out = _not_finite(step.embeddings)
+                left_out = similarity.not_finite(step.embeddings)
                 sharing = _neighborhoods(step, products, step.proxies, labels, assignments, left_out)
             to_samples, temperature = products.among_samples(), settings.neighbor_temperature
             contrast = functional.neighbor_loss(to_samples, *sharing, labels, temperature, settings.views, left_out)
         losses = torch.add(losses, contrast, alpha=settings.neighbor_weight)
     return Result(losses, terms, assignments, contrast)
-
-
-def _not_finite(embeddings: Tensor) -> Tensor:
-    """Which embeddings are not finite, ``(B,)``."""
-    return (embeddings * 0).sum(dim=1) != 0
 
 
 def _neighborhoods(

@@ -443,23 +443,18 @@ def neighbor_loss(
     >>> neighbor_loss(similarities, assignments, assignments, labels, temperature=0.2, views=1)
     tensor([0.0298, 0.0486, 0.0000])
     """
-    targets, log_softmax = neighbor_parts(similarities, assignments, smoothed, labels, temperature, views, left_out)
+    targets = neighbor_targets(assignments, smoothed, labels, views, left_out)
+    log_softmax = neighbor_log_softmax(similarities, temperature, left_out)
     return 0 - (targets * log_softmax).sum(dim=1)  # not -0 for a sample without neighbours
 
 
-def neighbor_parts(
-    similarities: Tensor,
-    assignments: Tensor,
-    smoothed: Tensor,
-    labels: Tensor,
-    temperature: float,
-    views: int,
-    left_out: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """The targets of :func:`neighbor_loss` and the logarithm of the softmax, each ``(B, B)``; arguments as there.
+def neighbor_targets(
+    assignments: Tensor, smoothed: Tensor, labels: Tensor, views: int, left_out: Tensor | None = None
+) -> Tensor:
+    """The targets :math:`t` of :func:`neighbor_loss`, ``(B, B)``; arguments as there.
 
     >>> one_proxy, labels = torch.ones(3, 1), torch.tensor([0, 0, 1])
-    >>> neighbor_parts(torch.eye(3), one_proxy, one_proxy, labels, temperature=0.2, views=1)[0]
+    >>> neighbor_targets(one_proxy, one_proxy, labels, views=1)
     tensor([[0., 1., 0.],
             [1., 0., 0.],
             [0., 0., 0.]])
@@ -468,12 +463,22 @@ def neighbor_parts(
     targets = (smoothed.detach() @ assignments.detach().T).masked_fill_(sources.unsqueeze(1) != sources, 0)
     targets = torch.cat([targets.fill_diagonal_(1)] * views)
     targets = torch.cat([targets] * views, dim=1).fill_diagonal_(0)
+    if left_out is not None:
+        targets.masked_fill_(left_out, 0)
+    return targets / targets.sum(dim=1, keepdim=True).clamp_min_(torch.finfo(targets.dtype).tiny)
+
+
+def neighbor_log_softmax(similarities: Tensor, temperature: float, left_out: Tensor | None = None) -> Tensor:
+    """The logarithm of the softmax in :func:`neighbor_loss`, ``(B, B)``; arguments as there. It is finite.
+
+    >>> neighbor_log_softmax(torch.eye(3), temperature=0.2)[0, 1:]
+    tensor([-0.6931, -0.6931])
+    """
     # Not minus infinity: times a target of zero, it would be NaN.
     logits, lowest = similarities / temperature, 0.5 * torch.finfo(similarities.dtype).min
     if left_out is not None:
-        targets, logits = targets.masked_fill_(left_out, 0), logits.masked_fill_(left_out, lowest)
-    targets /= targets.sum(dim=1, keepdim=True).clamp_min_(torch.finfo(targets.dtype).tiny)
-    return targets, F.log_softmax(logits.fill_diagonal_(lowest), dim=1)
+        logits = logits.masked_fill_(left_out, lowest)
+    return F.log_softmax(logits.fill_diagonal_(lowest), dim=1)
 
 
 class Terms(NamedTuple):

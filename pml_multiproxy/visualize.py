@@ -185,7 +185,7 @@ def plot_nearest(
     ax: Axes | None = None,
     class_names: Names | None = None,
 ) -> Axes:
-    """The images nearest to each proxy among those of its class, one row per proxy.
+    """One row of images per proxy: the images of its class that are nearest to it.
 
     :func:`~pml_multiproxy.inspection.nearest_samples` finds them, nearest first. An image is pale if its sample is
     nearer to another proxy of the class. In a row of pale images, few samples or none belong to the proxy. A class with

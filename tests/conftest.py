@@ -21,7 +21,7 @@ settings.load_profile("ours")
 
 
 def pytest_configure():
-    """The workers of pytest-xdist share the cores: each has one, and so have the programs that it starts."""
+    """The workers of pytest-xdist share the cores: a worker, and a program that it starts, uses one thread."""
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"
 

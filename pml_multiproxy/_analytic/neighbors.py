@@ -17,25 +17,15 @@ class Neighbors(NamedTuple):
     """
 
 
-def contrast(
-    similarities: Tensor,
-    assignments: Tensor,
-    smoothed: Tensor,
-    labels: Tensor,
-    left_out: Tensor | None,
-    settings: Settings,
-) -> Neighbors:
-    """:func:`functional.neighbor_loss`."""
-    temperature, views = settings.neighbor_temperature, settings.views
-    targets, log_softmax = functional.neighbor_parts(
-        similarities, assignments, smoothed, labels, temperature, views, left_out
-    )
+def contrast(similarities: Tensor, targets: Tensor, left_out: Tensor | None, settings: Settings) -> Neighbors:
+    """:func:`functional.neighbor_loss`, from its targets."""
+    log_softmax = functional.neighbor_log_softmax(similarities, settings.neighbor_temperature, left_out)
     losses = (targets * log_softmax).sum(dim=1).neg_()
     return Neighbors(losses, log_softmax.exp_().sub_(targets))
 
 
 def gradient(neighbors: Neighbors, grad_losses: Tensor, settings: Settings, ranks: int) -> Tensor:
-    """Of the similarities, ``(B, B)``: the share of one of the ranks, all of which compute the same."""
+    """The gradient of the similarities, ``(B, B)``, over the number of ranks: all ranks compute it and add it up."""
     weight = (settings.neighbor_weight or 0.0) / (settings.neighbor_temperature * ranks)
     # A loss of 0 has no gradient: the sample has no neighbours, or reaches its targets.
     weights = (weight * grad_losses).mul_(neighbors.losses.sign())

@@ -8,7 +8,7 @@ from cases import make_distance
 from pytorch_metric_learning import losses as pml_losses
 from pytorch_metric_learning import reducers
 
-from pml_multiproxy import MultiProxyEntropyLoss
+from pml_multiproxy import MultiProxyEntropyLoss, functional
 
 
 def batch(views=2):
@@ -51,6 +51,29 @@ def test_a_row_that_is_not_finite_changes_no_other(distance):
     assert losses[1].isnan()
     assert losses[others].isfinite().all()
     assert torch.autograd.grad(losses[others].sum(), broken)[0][others].isfinite().all()
+
+
+def test_samples_left_out_are_in_no_softmax_and_nobodys_neighbours():
+    similarities, assignments = torch.randn(8, 8), torch.rand(4, 3).softmax(dim=1)
+    sample, labels, left_out = torch.arange(8) % 4, torch.arange(8) % 2, torch.arange(8) == 1
+    found = functional.neighbor_loss(similarities, assignments, assignments, labels, 0.3, 2, left_out)
+    targets = (assignments @ assignments.T).repeat(2, 2) * (labels.unsqueeze(1) == labels)
+    targets[sample.unsqueeze(1) == sample] = 1
+    for i in (~left_out).nonzero():
+        others = (~left_out & (torch.arange(8) != i)).nonzero().squeeze(1)
+        shares = targets[i, others] / targets[i, others].sum()
+        wanted = -(shares * (similarities[i, others] / 0.3).log_softmax(dim=0)).sum()
+        torch.testing.assert_close(found[i], wanted.view(1))
+
+
+def test_targets_get_no_gradient():
+    similarities, assignments = torch.randn(4, 4, requires_grad=True), torch.rand(2, 3, requires_grad=True)
+    loss = functional.neighbor_loss(
+        similarities, assignments, assignments * 2, torch.tensor([0, 1, 0, 1]), 0.3, views=2
+    )
+    of_similarities, of_assignments = torch.autograd.grad(loss.sum(), (similarities, assignments), allow_unused=True)
+    assert of_similarities.any()
+    assert of_assignments is None
 
 
 def test_under_autocast_it_is_as_precise_as_without():

@@ -295,7 +295,7 @@ def test_another_wording_is_a_better_view_than_dropout(text_data, tmp_path):
     of_views = {}
     for views in VIEWS:
         trainer = make_trainer(
-            text_data, tmp_path, views, max_steps=-1, num_train_epochs=15, save_strategy="no", **whole_batches
+            text_data, tmp_path, views, max_steps=-1, num_train_epochs=8, save_strategy="no", **whole_batches
         )
         train(trainer)
         of_views[views] = text_data.map_at_r(trainer.model)

@@ -57,7 +57,7 @@ def main(argv=None):
     add("--tables", nargs="+", choices=TABLES, default=TABLES, metavar="TABLE", help=f"what to test, of {TABLES}")
     add("--out", type=Path, default=RESULTS, metavar="DIR")
     add("--cache", type=Path, default=CACHE, metavar="DIR", help="of activations; default: %(default)s")
-    add("--save", type=Path, metavar="DIR", help="write embeddings and the trained loss of each new run of the test")
+    add("--save", type=Path, metavar="DIR", help="write embeddings and loss of each new run at the defaults")
     add("--whole", type=int, metavar="SIZE", help="train all blocks, on images of this size, for a GPU")
     add("--threads", type=int, default=2, metavar="N", help="default: %(default)s")
     add("--report", action="store_true", help="make the tables of what the CSV files hold")

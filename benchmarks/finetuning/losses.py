@@ -26,9 +26,9 @@ CHOSEN = {
 with views: for coarse labels, for new classes."""
 TEXT = {"scale": 20.0, "temperature": 0.05}
 """The defaults of :class:`pml_multiproxy.sentence_transformers.MultiProxyEntropyLoss`, from validation on the text."""
-OF_IMAGES = {}, {"neighbor_temperature": 0.1}, {"neighbor_weight": 0.0}
+OF_IMAGES = {}, {"neighbor_temperature": 0.1}, {"temperature": 0.05, "neighbor_temperature": 0.1}
 OF_TEXT = TEXT, {}, TEXT | {"neighbor_weight": 0.0}
-"""Changes of our defaults. The lower neighbour temperature comes from the validation part of the leaves."""
+"""Changes of our defaults. The lower temperatures come from the validation part of the leaves."""
 FAMILIES = {
     OURS: RETRIEVAL[OURS],
     ONE_PROXY: RETRIEVAL[ONE_PROXY],

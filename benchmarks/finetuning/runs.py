@@ -18,7 +18,9 @@ class FinetuningRuns(Runs):
 
     def run(self, phase, loss, settings, seed):
         self.task = self.task or TASKS[self.name](self.folder)
-        folder = self.saved / f"{self.name}_{loss}_{phase}_seed{seed}".replace(" ", "_") if self.saved else None
+        folder = None
+        if self.saved and (settings or {}) == self.chosen(loss, "defaults"):
+            folder = self.saved / f"{self.name}_{loss}_{phase}_seed{seed}".replace(" ", "_")
         return run(self.task, phase, loss, settings, seed, folder)
 
     def schedule(self):

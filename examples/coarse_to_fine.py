@@ -181,7 +181,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default="runs/coarse_to_fine", metavar="DIR", help="default: %(default)s")
     parser.add_argument("--epochs", type=int, default=15, metavar="N", help="default: %(default)s")
-    parser.add_argument("--seeds", type=int, default=5, metavar="N", help="how many; default: %(default)s")
+    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="how many; default: %(default)s")
     args = parser.parse_args(argv)
     if args.epochs < 1 or args.seeds < 1:
         parser.error(f"--epochs and --seeds must be at least 1, got {args.epochs} and {args.seeds}")

@@ -51,6 +51,7 @@ def test_processes_send_what_the_formula_says(processes, load):
     assert row["MB proxies"] == pytest.approx(6 * 2 * 4 * 4 / 1e6 / processes)
 
 
+@pytest.mark.slow
 def test_agreement_as_a_guide(load, monkeypatch, tmp_path):
     """One setting finds the same three parts each time; another always the same two outliers, and retrieves worse."""
     guide = load("agreement.guide")

@@ -129,10 +129,10 @@ def test_coarse_to_fine_reaches_what_the_readme_says(folder):
     """The committed result, and that of README's command, which .ci/run runs before the tests."""
     out = ROOT / folder / "coarse_to_fine"
     if folder == "runs" and not (
-        (out / "metrics.json").exists() and (out / "metrics.json").read_text().count('"seed": 4')
+        (out / "metrics.json").exists() and (out / "metrics.json").read_text().count('"seed": 2')
     ):
         pytest.skip("README's command has not run")
-    assert ratio_to_the_best_peer(check_coarse_to_fine(out, seeds=5)) >= 1.6
+    assert ratio_to_the_best_peer(check_coarse_to_fine(out, seeds=3)) >= 1.6
 
 
 class WithoutConstants(MultiProxyEntropyLoss):
@@ -171,6 +171,7 @@ def numbers(printed):
     return [[float(cell) for cell in row] for row in rows]
 
 
+@pytest.mark.slow
 def test_pair_loss_with_miner(example, capsys):
     example("pair_loss_with_miner").main(["--epochs", "1", "--seeds", "1"])
     table = numbers(capsys.readouterr().out)
@@ -178,6 +179,7 @@ def test_pair_loss_with_miner(example, capsys):
     assert all(0 < value < 100 for row in table for value in row)
 
 
+@pytest.mark.slow
 def test_start_from_kmeans(example, capsys):
     example("start_from_kmeans").main(["--epochs", "2", "--seeds", "1"])
     table = numbers(capsys.readouterr().out)

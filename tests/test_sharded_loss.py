@@ -76,7 +76,10 @@ def union(tuples, embeddings):
 
 
 @on(4)
-@pytest.mark.parametrize("distance", ["cosine", "dot product", "L2", "L1 squared", "SNR"])
+@pytest.mark.parametrize(
+    "distance",
+    ["cosine", "dot product", "L2", *(pytest.param(of, marks=pytest.mark.slow) for of in ("L1 squared", "SNR"))],
+)
 def test_sharded_equals_one_process(group, distance):
     """Every pooling, all classes at once or some at a time, ranks with fewer classes or none, ranks without samples."""
     for num_classes, sizes, per_chunk in ((11, [3, 3, 3, 2], None), (9, [3, 3, 3, 0], 2), (1, [1, 0, 0, 0], 1)):

@@ -125,7 +125,7 @@ def test_resumes(call, table, out):
 @pytest.mark.parametrize("loss", ["multi_proxy", "soft_triple"])
 def test_searches(call, digits_configs, tmp_path, loss):
     options = ("--root_experiment_folder", tmp_path, "--experiment_name", "search", "--bayes_opt_iters", "2")
-    short = ("--num_epochs_train", "1", "--split_manager", "{IndexSplitManager: {num_training_sets: 1}}")
+    short = ("--num_epochs_train", "1", "--split_manager", "{IndexSplitManager:", "{num_training_sets:", "1}}")
     call("python", EXAMPLE / "run.py", *options, *digits_configs(f"search_{loss}"), *short)
     with (tmp_path / "search" / "bayes_opt_record_keeper_logs" / "bayes_opt.csv").open() as file:
         first, second = csv.DictReader(file)

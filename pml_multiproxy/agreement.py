@@ -1,5 +1,4 @@
-r"""Whether trainings with different seeds agree: how to choose the number of proxies and the temperature without fine
-labels.
+r"""Whether trainings with different seeds find the same clusters in each class.
 
 Train twice with different seeds. For each held-out sample, find the nearest proxy of its class in both trainings. If
 the proxies found real clusters, both trainings split a class alike. You need no fine labels, and the proxies may come
@@ -12,11 +11,11 @@ mutual information minus its expectation for random clusters of the same sizes, 
 
     A = I(U; V) - \mathbb{E}[I(U; V)]
 
-Maximise its mean over pairs of trainings and over classes. Read :math:`e^A` as the number of equally large clusters of
+Take its mean over pairs of trainings and over classes. Read :math:`e^A` as the number of equally large clusters of
 a class that both trainings found. Independent assignments give 0 on average. One proxy per class, one proxy that takes
 all samples, and one proxy per sample always give 0, since there is nothing to agree on.
 
-Adjusted mutual information (``normalized`` in the result) divides by the entropies; do not choose by it. If one proxy
+Adjusted mutual information (``normalized`` in the result) divides by the entropies; do not compare by it. If one proxy
 takes all but a few samples, these few decide the quotient, which can be as large as for a class split into its true
 parts. The agreement in nats is small there.
 
@@ -27,8 +26,8 @@ proxies, 20 held-out samples per class give 0.65 nats and all give 1.10; 50 led 
 one pair if settings lie closer together.
 
 Limits. The agreement measures whether clusters can be found again, not whether a user wants them: a class that a user
-sees as one cluster may split the same way each time. For new classes, validate on held-out classes, whose labels you
-have.
+sees as one cluster may split the same way each time. The setting with the highest agreement retrieved no better than
+the defaults (``benchmarks/retrieval``). For new classes, validate on held-out classes, whose labels you have.
 
 Sources. Choosing a clustering by its stability: Lange, Roth, Braun, Buhmann, *Stability-Based Validation of Clustering
 Solutions*, Neural Computation 16(6), 2004; its pitfalls: Ben-David, von Luxburg, Pál, *A Sober Look at Clustering

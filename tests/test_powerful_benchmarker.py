@@ -122,10 +122,10 @@ def test_resumes(call, table, out):
         assert state["step"] == 2 * EPOCHS * ITERATIONS
 
 
-def test_searches(call, digits_configs, tmp_path):
+@pytest.mark.parametrize("loss", ["multi_proxy", "soft_triple"])
+def test_searches(call, digits_configs, tmp_path, loss):
     options = ("--root_experiment_folder", tmp_path, "--experiment_name", "search", "--bayes_opt_iters", "2")
-    configs = digits_configs("search_multi_proxy")
-    call("python", EXAMPLE / "run.py", *options, *configs, "--num_epochs_train", str(EPOCHS))
+    call("python", EXAMPLE / "run.py", *options, *digits_configs(f"search_{loss}"), "--num_epochs_train", str(EPOCHS))
     with (tmp_path / "search" / "bayes_opt_record_keeper_logs" / "bayes_opt.csv").open() as file:
         first, second = csv.DictReader(file)
     assert first["trial_status"] == second["trial_status"] == "COMPLETED"

@@ -71,6 +71,17 @@ def test_runs_are_written_resumed_saved_and_reported(main, tmp_path):
     assert [{**row, "seconds": ""} for row in again] == [{**row, "seconds": ""} for row in rows]
 
 
+def test_only_runs_at_the_defaults_are_saved(bench, monkeypatch, tmp_path):
+    """The best of three has the same name."""
+    folders = []
+    monkeypatch.setattr(bench.runs, "run", lambda *arguments: folders.append(arguments[-1]))
+    runs = bench.runs.FinetuningRuns("leaves", None, bench.command.RESULTS, tmp_path)
+    runs.task = "made already"
+    for settings in runs.settings(OURS):
+        runs.run("test", OURS, settings, 0)
+    assert folders == [tmp_path / f"leaves_{OURS}_test_seed0", None, None]
+
+
 def test_the_whole_network_is_trained_by_a_flag(main, bench, tmp_path):
     options = bench.tasks.Options(tmp_path, tmp_path, whole=True, size=96)
     task = bench.tasks.leaves(options)

@@ -164,15 +164,12 @@ def test_one_scaler_for_two_optimizers(group, overflows):
         scaler.unscale_(torch.optim.SGD(sharded.parameters()))
 
 
-def run(folder, *arguments):
-    script = f"import sys\nsys.path.insert(0, {EXAMPLES!r})\nimport train_sharded\n"
-    script += f"train_sharded.main({list(map(str, arguments))!r})"
-    return re.fullmatch(r"MAP@R (\S+), proxies (\S+)\n", run_on_two_processes(folder / "script.py", script)).groups()
-
-
 @pytest.mark.slow
 def test_example_resumes_exactly(tmp_path):
-    whole = run(tmp_path, "--epochs", 3)
-    first, resumed = (run(tmp_path, "--epochs", epochs, "--checkpoints", tmp_path / "saved") for epochs in (2, 3))
+    imports = f"import sys\nsys.path.insert(0, {EXAMPLES!r})\nimport train_sharded\n"
+    arguments = [["--epochs", "3"], *(["--epochs", n, "--checkpoints", str(tmp_path / "saved")] for n in "23")]
+    calls = [f"train_sharded.main({of!r})" for of in arguments]
+    printed = run_on_two_processes(tmp_path / "script.py", imports, *calls)
+    whole, first, resumed = re.findall(r"MAP@R (\S+), proxies (\S+)\n", printed)
     assert resumed == whole != first
     assert 45 < float(whole[0]) < 100

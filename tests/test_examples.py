@@ -189,9 +189,9 @@ def test_start_from_kmeans(example, capsys):
 
 @pytest.mark.slow
 def test_train_ddp(tmp_path):
-    script = f"import sys\nsys.path.insert(0, {str(ROOT / 'examples')!r})\nimport train_ddp\n"
-    script += "train_ddp.main(['--epochs', '2', '--batch-size', '60'])"
-    lines = run_on_two_processes(tmp_path / "script.py", script + NO_THREAD_OF_GLOO_IS_LEFT).splitlines()
+    imports = f"import sys\nsys.path.insert(0, {str(ROOT / 'examples')!r})\nimport train_ddp\n"
+    call = "train_ddp.main(['--epochs', '2', '--batch-size', '60'])" + NO_THREAD_OF_GLOO_IS_LEFT
+    lines = run_on_two_processes(tmp_path / "script.py", imports, call).splitlines()
     assert [line.split(":")[0] for line in lines] == ["epoch 1", "epoch 2"]
     assert all(20 < float(line.split()[-1]) < 100 for line in lines)
 

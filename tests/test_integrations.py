@@ -22,30 +22,22 @@ def skip_without(*packages):
 
 
 def run(folder, module, *calls, processes=1):
-    """What main() of an example prints, called with each list of arguments in turn.
-
-    One process makes all calls, which saves the imports; two start anew for each, for they come together but once.
-    """
+    """What main() of an example prints, called with each list of arguments in turn; imported once for all."""
     path = folder / "calls.py"
+    paths = [str(EXAMPLES), str(EXAMPLES / "integrations")]
+    imports = f"import sys\nsys.path[:0] = {paths!r}\nimport {module}\n"
+    sources = [f"{module}.main({list(map(str, arguments))!r})\n" for arguments in calls]
     if processes == 2:
         # FSDP2's group outlives its end: a cache of PyTorch holds it.
         end = "" if module == "train_fsdp2" else NO_THREAD_OF_GLOO_IS_LEFT
-        return "".join(run_on_two_processes(path, script(module, [call]) + end) for call in calls)
-    path.write_text(script(module, calls))
+        return run_on_two_processes(path, imports, *(source + end for source in sources))
+    path.write_text(imports + "".join(sources))
     # FSDP2 wants a process group even where there is one process.
     alone = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     environment = {**os.environ, **(alone if module == "train_fsdp2" else {})}
     result = subprocess.run([sys.executable, str(path)], capture_output=True, text=True, timeout=300, env=environment)
     assert result.returncode == 0, result.stderr
     return result.stdout
-
-
-def script(module, calls):
-    paths = [str(EXAMPLES), str(EXAMPLES / "integrations")]
-    return (
-        f"import sys\nsys.path[:0] = {paths!r}\nimport {module}\n"
-        f"for arguments in {[list(map(str, arguments)) for arguments in calls]!r}:\n    {module}.main(arguments)\n"
-    )
 
 
 def check_resuming(tmp_path, recipe, processes):

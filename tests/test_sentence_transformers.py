@@ -310,7 +310,8 @@ warnings.filterwarnings("error", module="pml_multiproxy")
 sys.path[:0] = {paths!r}
 import test_sentence_transformers as tests, text_data
 from torch import distributed
-
+"""
+TRAININGS = """
 for name, wrapper in tests.WRAPPERS.items():
     def with_other_proxies(model, loss):
         torch.manual_seed(int(os.environ["RANK"]))
@@ -333,5 +334,6 @@ print("equal", flush=True)
 
 @pytest.mark.slow
 def test_two_processes_share_proxies_and_usage_and_resume_exactly(tmp_path):
-    script = TWO_PROCESSES.format(paths=[str(EXAMPLES), str(Path(__file__).parent)], folder=f"{tmp_path}/")
-    assert run_on_two_processes(tmp_path / "script.py", script).count("equal") == 2
+    imports = TWO_PROCESSES.format(paths=[str(EXAMPLES), str(Path(__file__).parent)])
+    call = TRAININGS.format(folder=f"{tmp_path}/")
+    assert run_on_two_processes(tmp_path / "script.py", imports, call).count("equal") == 2

@@ -1,22 +1,37 @@
-"""Scripts on two processes, which torchrun starts."""
+"""Scripts on two processes, as torchrun would start them, but which import once."""
 
 import subprocess
 import sys
 
-ENDING = "\nimport os, sys; sys.stdout.flush(); os._exit(0)\n"
-"""Gloo's threads now and then abort a process in which Python ends (pytorch/pytorch#190489), when all is done."""
+FORKS = """
+import os, socket, sys
+from torch.multiprocessing import start_processes
+
+def process(rank, port, source):
+    of_torchrun = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "TORCHELASTIC_RUN_ID": 0}
+    of_torchrun |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ |= {name: str(value) for name, value in of_torchrun.items()}
+    exec(source, globals())
+    # Gloo's threads now and then abort a process in which Python ends (pytorch/pytorch#190489), when all is done.
+    sys.stdout.flush()
+    os._exit(0)
+
+for source in SOURCES:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    start_processes(process, (port, source), nprocs=2, start_method="fork")
+"""
 NO_THREAD_OF_GLOO_IS_LEFT = """
 from pathlib import Path
 names = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
 assert not [name for name in names if "gloo" in name], names
 """
 """Fails a script that leaves threads of gloo. On Linux only, and not with torch 2.5, whose threads have other names."""
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
-def run_on_two_processes(path, script):
-    """What both print; ``path`` is where to write the script."""
-    path.write_text(script + ENDING)
-    result = subprocess.run([*TORCHRUN, str(path)], capture_output=True, text=True, timeout=600)
+def run_on_two_processes(path, imports, *calls):
+    """What two processes print at each of the calls, for which they start anew; ``path`` is where to write the script."""
+    path.write_text(f"{imports}\nSOURCES = {calls!r}\n{FORKS}")
+    result = subprocess.run([sys.executable, str(path)], capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     return result.stdout

@@ -2,6 +2,7 @@
 
 import csv
 import importlib
+import json
 import os
 import re
 import sqlite3
@@ -24,29 +25,57 @@ EPOCHS, ITERATIONS = 2, 20
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("benchmarker")]  # one virtual environment
 
 
+FORKS = f"""
+import json, os, sys
+sys.path.insert(0, {str(EXAMPLE)!r})
+import run
+answers = os.fdopen(os.dup(1), "w")
+os.dup2(2, 1)
+for line in sys.stdin:
+    child = os.fork()
+    if child == 0:
+        sys.argv[1:] = json.loads(line)
+        run.main()
+        os._exit(0)
+    print(os.waitpid(child, 0)[1], file=answers, flush=True)
+"""
+"""Runs run.py with each list of options that it reads, in a process that has imported everything."""
+
+
 @pytest.fixture(scope="module")
-def call(tmp_path_factory):
-    """Calls a command in an environment where install.sh has run."""
+def environment(tmp_path_factory):
+    """Variables of an environment where install.sh has run."""
     folder = tmp_path_factory.mktemp("venv")
     venv.create(folder, with_pip=True)
     environment = {**os.environ, "PATH": f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}", "TQDM_DISABLE": "1"}
-
-    def call(*command):
-        return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment, cwd=ROOT).stdout
-
-    call("bash", EXAMPLE / "install.sh")
-    return call
+    subprocess.run(["bash", EXAMPLE / "install.sh"], check=True, env=environment)
+    return environment
 
 
 @pytest.fixture(scope="module")
-def out(call, tmp_path_factory):
+def run(environment):
+    """Calls run.py with these options."""
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(["python", "-c", FORKS], **pipes, env=environment, cwd=ROOT) as process:
+
+        def run(*options):
+            print(json.dumps(list(map(str, options))), file=process.stdin, flush=True)
+            assert process.stdout.readline() == "0\n"
+
+        yield run
+        process.stdin.close()
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory):
     return tmp_path_factory.mktemp("benchmarker") / "out"
 
 
 @pytest.fixture(scope="module")
-def table(call, out):
+def table(environment, out):
     """What compare_on_digits.py prints, by loss."""
-    printed = call("python", EXAMPLE / "compare_on_digits.py", "--out", out, "--num_epochs_train", str(EPOCHS))
+    command = ["python", EXAMPLE / "compare_on_digits.py", "--out", out, "--num_epochs_train", str(EPOCHS)]
+    printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment, cwd=ROOT).stdout
     rows = [line.strip("| ").split(" | ") for line in printed.splitlines() if line.startswith("|")]
     return {name: cells for name, *cells in rows[2:]}
 
@@ -54,7 +83,7 @@ def table(call, out):
 @pytest.fixture
 def digits_configs(monkeypatch):
     monkeypatch.syspath_prepend(EXAMPLE)
-    return importlib.import_module("compare_on_digits").configs
+    return importlib.import_module("even_odd_digits").configs
 
 
 def folds(experiment):
@@ -112,9 +141,9 @@ def test_miner_and_regularizer_take_part(table, out):
         assert records(fold, regularizer, ["proxies_per_class"]) == [[10]] * (EPOCHS * ITERATIONS)
 
 
-def test_resumes(call, table, out):
+def test_resumes(run, table, out):
     options = ("--resume_training", "latest", "--merge_argparse_when_resuming", "--num_epochs_train", str(2 * EPOCHS))
-    call("python", EXAMPLE / "run.py", "--root_experiment_folder", out, "--experiment_name", OURS, *options)
+    run("--root_experiment_folder", out, "--experiment_name", OURS, *options)
     for fold in folds(out / OURS):
         rows = records(fold, "metric_loss_MultiProxyEntropyLoss", ["~iteration~"])
         assert rows == [[iteration] for iteration in range(2 * EPOCHS * ITERATIONS)]
@@ -123,9 +152,9 @@ def test_resumes(call, table, out):
 
 
 @pytest.mark.parametrize("loss", ["multi_proxy", "soft_triple"])
-def test_searches(call, digits_configs, tmp_path, loss):
+def test_searches(run, digits_configs, tmp_path, loss):
     options = ("--root_experiment_folder", tmp_path, "--experiment_name", "search", "--bayes_opt_iters", "2")
-    call("python", EXAMPLE / "run.py", *options, *digits_configs(f"search_{loss}"), "--num_epochs_train", str(EPOCHS))
+    run(*options, *digits_configs(f"search_{loss}"), "--num_epochs_train", EPOCHS)
     with (tmp_path / "search" / "bayes_opt_record_keeper_logs" / "bayes_opt.csv").open() as file:
         first, second = csv.DictReader(file)
     assert first["trial_status"] == second["trial_status"] == "COMPLETED"
@@ -147,7 +176,7 @@ SOP = "StanfordOnlineProducts"
     ],
 )
 def test_runs_on_the_data_sets_of_the_benchmarker(
-    call, tmp_path, dataset, generate, general, after_loss, partitions, classes
+    run, tmp_path, dataset, generate, general, after_loss, partitions, classes
 ):
     generate(tmp_path / "datasets")
     readme = (EXAMPLE / "README.md").read_text()
@@ -164,7 +193,11 @@ def test_runs_on_the_data_sets_of_the_benchmarker(
         f"{{num_training_partitions: {partitions}, num_training_sets: 1}} }}",
         "--num_epochs_train 1 --save_interval 1",
     )
-    call("bash", "-euc", " ".join((command, general, *options)))
+    words = " ".join(
+        (command.replace("python examples/powerful_benchmarker/run.py", "printf '%s\n'"), general, *options)
+    )
+    printed = subprocess.run(["bash", "-euc", words], check=True, stdout=subprocess.PIPE, text=True, cwd=ROOT).stdout
+    run(*printed.splitlines())
     (fold,) = (tmp_path / "experiments" / "cub_ours").glob(f"*Partitions{partitions}_0")
     distances = moved(fold, "proxies", 1)
     assert (distances.shape, distances.max() > 0.01) == ((classes, 10), True)

@@ -30,7 +30,7 @@ assert not [name for name in names if "gloo" in name], names
 
 
 def run_on_two_processes(path, imports, *calls):
-    """What two processes print at each of the calls, for which they start anew; ``path`` is where to write the script."""
+    """What two processes print, started anew for each of the calls; ``path`` is where to write the script."""
     path.write_text(f"{imports}\nSOURCES = {calls!r}\n{FORKS}")
     result = subprocess.run([sys.executable, str(path)], capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr

@@ -7,13 +7,16 @@ to run.py, as --num_epochs_train 2.
 import argparse
 import csv
 import os
-import subprocess
 import sys
+import warnings
 from pathlib import Path
 
+os.environ["TQDM_DISABLE"] = "1"  # PML shows a bar for every epoch and test; the one below is enough
+
+import run
+from even_odd_digits import configs
 from tqdm import tqdm
 
-HERE = Path(__file__).parent.resolve()
 LOSSES = {
     "SoftTripleLoss": ["soft_triple"],
     "MultiProxyEntropyLoss": ["multi_proxy"],
@@ -22,27 +25,9 @@ LOSSES = {
 METRICS = {"precision_at_1": "Precision@1", "r_precision": "R-Precision", "mean_average_precision_at_r": "MAP@R"}
 
 
-def configs(*loss):
-    """The options that select this task and the overlays of a loss."""
-    overlays = {
-        "dataset": ["digits/dataset"],
-        "eval": ["pml2", "digits/eval"],
-        "general": ["digits/general"],
-        "loss_and_miners": [*loss, "digits/sampler"],
-        "models": ["digits/models"],
-        "optimizers": ["with_proxies", "digits/optimizers"],
-        "transforms": ["digits/transforms"],
-    }
-    for name, files in overlays.items():
-        yield f"--config_{name}"
-        yield from f"[default, {', '.join(str(HERE / 'configs' / file) for file in files)}]".split(" ")
-
-
 def benchmark(folder, name, *options):
-    command = [sys.executable, str(HERE / "run.py"), "--root_experiment_folder", str(folder), "--experiment_name", name]
-    # PML shows a bar for every epoch and test, and PyTorch warns of it; one bar is enough.
-    quiet = {"TQDM_DISABLE": "1", "PYTHONWARNINGS": "ignore:Converting a tensor"}
-    subprocess.run([*command, *options], check=True, env=os.environ | quiet)
+    sys.argv[1:] = ["--root_experiment_folder", str(folder), "--experiment_name", name, *options]
+    run.main()
 
 
 def read_accuracies(folder):
@@ -61,8 +46,9 @@ def main():
     args, options = parser.parse_known_args()
     if args.out.exists():
         parser.error(f"--out {args.out} exists: remove it or name another")
+    warnings.filterwarnings("ignore", "Converting a tensor")  # of PML
     lines = [f"| loss | {' | '.join(METRICS.values())} |", "|---" * (1 + len(METRICS)) + "|"]
-    for name, overlays in tqdm(LOSSES.items()):
+    for name, overlays in tqdm(LOSSES.items(), disable=False):
         benchmark(args.out, name, *configs(*overlays), *options)
         benchmark(args.out, name, "--evaluate", "--splits_to_eval", "[test]")
         cells = [f"{mean:.1f} ± {error:.1f}" for mean, error in read_accuracies(args.out / name)]

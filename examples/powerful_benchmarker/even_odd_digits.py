@@ -1,9 +1,29 @@
 """A data set and a trunk for runs without any download: train with even and odd, retrieve digits."""
 
+from pathlib import Path
+
 import numpy as np
 from sklearn.datasets import load_digits
 from torch import nn
 from torch.utils.data import Dataset
+
+CONFIGS = Path(__file__).parent.resolve() / "configs"
+
+
+def configs(*loss):
+    """The options that select this task and the overlays of a loss."""
+    overlays = {
+        "dataset": ["digits/dataset"],
+        "eval": ["pml2", "digits/eval"],
+        "general": ["digits/general"],
+        "loss_and_miners": [*loss, "digits/sampler"],
+        "models": ["digits/models"],
+        "optimizers": ["with_proxies", "digits/optimizers"],
+        "transforms": ["digits/transforms"],
+    }
+    for name, files in overlays.items():
+        yield f"--config_{name}"
+        yield from f"[default, {', '.join(str(CONFIGS / file) for file in files)}]".split(" ")
 
 
 class EvenOddDigits(Dataset):

@@ -11,12 +11,13 @@ from even_odd_digits import DigitsTrunk, EvenOddDigits
 
 import pml_multiproxy
 
+compat.apply()
+from powerful_benchmarker.runners.single_experiment_runner import SingleExperimentRunner  # noqa: E402
+
 
 def make_runner(bayes_opt_iters, reproductions, **options):
     """The runner of a single experiment, or of a search if the number of its trials is given."""
     if bayes_opt_iters is None:
-        from powerful_benchmarker.runners.single_experiment_runner import SingleExperimentRunner
-
         return SingleExperimentRunner(**options)
     compat.accept_old_objective()
     from powerful_benchmarker.runners.bayes_opt_runner import BayesOptRunner
@@ -45,7 +46,6 @@ def main():
     parser.add_argument("--reproductions", type=int, default=0, metavar="N", help="of the best trial of a search")
     # The benchmarker reads the rest of sys.argv itself.
     options, sys.argv[1:] = parser.parse_known_args()
-    compat.apply()
     runner = make_runner(**vars(options))
     register_with(runner)
     runner.run()

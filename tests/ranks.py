@@ -68,7 +68,8 @@ class Pool:
 
     def _start(self):
         context = get_context("forkserver")
-        context.set_forkserver_preload(["pml_multiproxy.distributed"])  # once, instead of in every process
+        # Once, instead of in every process; the first step of an optimizer imports torch._dynamo.
+        context.set_forkserver_preload(["pml_multiproxy.distributed", "torch._dynamo", "test_data_parallel"])
         self._folder = tempfile.TemporaryDirectory()
         for rank in range(self.size):
             arguments = rank, self.size, f"{self._folder.name}/store"

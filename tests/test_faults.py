@@ -19,6 +19,7 @@ def works(group):
     pass
 
 
+@pytest.mark.xdist_group("ranks")  # whose worker has imported what their processes need
 @pytest.mark.parametrize(
     ("function", "message"),
     [(exits, "^rank 1: died$"), (fails, r"(?s)^rank 2: Traceback.* in fails.*a message of its own")],

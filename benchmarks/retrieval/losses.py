@@ -9,6 +9,7 @@ such order of their numbers.
 import json
 import random
 from ast import literal_eval
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -177,9 +178,14 @@ def shuffled(values, seed):
     return random.Random(seed).sample((values * DRAWS)[:DRAWS], DRAWS)
 
 
+@cache
+def read(path):
+    return json.loads(path.read_text())
+
+
 def configurations(loss, task):
     """First the defaults. Without views, settings of the neighbour term are left out, and the term is off."""
-    drawn = json.loads(FILE.read_text())[loss]
+    drawn = read(FILE)[loss]
     if task.endswith("views"):
         return drawn
     return [{key: value for key, value in c.items() if not key.startswith("neighbor")} for c in drawn]

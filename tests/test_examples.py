@@ -3,8 +3,6 @@
 import importlib
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 from statistics import mean
 
@@ -22,13 +20,6 @@ K_MEANS = "k-means of the pixels, NormalizedSoftmaxLoss"
 RUNS = [("SoftTripleLoss", 2), ("SubCenterArcFaceLoss", 2), ("ProxyAnchorLoss", 2), (K_MEANS, 2), (OURS, 1), (OURS, 2)]
 """Losses, and how many views of each sample they see."""
 METRICS = ["precision_at_1", "r_precision", "mean_average_precision_at_r"]
-
-
-def run(name, *arguments):
-    command = [sys.executable, "-W", "error::FutureWarning", str(ROOT / "examples" / name), *map(str, arguments)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=600)
-    assert result.returncode == 0, result.stderr
-    return result.stdout
 
 
 @pytest.fixture
@@ -229,13 +220,14 @@ def choices(out):
 
 
 @pytest.mark.slow
-def test_choose_proxies(tmp_path):
-    arguments = ["choose_proxies.py", "--out", tmp_path, "--epochs", 1]
-    printed = run(*arguments, "--trials", 2)
-    assert (tmp_path / "table.md").read_text() in printed
+def test_choose_proxies(example, tmp_path, capsys):
+    choose = example("choose_proxies")
+    arguments = ["--out", str(tmp_path), "--epochs", "1"]
+    choose.main([*arguments, "--trials", "2"])
+    assert (tmp_path / "table.md").read_text() in capsys.readouterr().out
     first = choices(tmp_path)
     assert len(first) == 2
-    run(*arguments, "--trials", 3)  # goes on from the two
+    choose.main([*arguments, "--trials", "3"])  # goes on from the two
     assert len(choices(tmp_path)) == 3
     assert all(row in choices(tmp_path) for row in first)
 

@@ -140,16 +140,13 @@ def test_avg_non_zero_reducer_loses_no_quality(example):
     """The constants in the loss keep samples above 0; without them, this reducer would drop most."""
     digits = example("digits")
 
-    def train(cls, reducer, seed):
-        torch.manual_seed(seed)
+    def quality(cls, reducer):
+        torch.manual_seed(0)
         network, loss_func = torch.nn.Sequential(*digits.make_models().values()), cls(2, 64, reducer=reducer)
         optimizer = digits.make_optimizer(network, loss_func)
-        for _ in range(10):
+        for _ in range(5):
             digits.train_epoch(network, loss_func, optimizer, digits.load_batches())
         return digits.map_at_r(network)
-
-    def quality(cls, reducer):
-        return mean(train(cls, reducer, seed) for seed in range(2))
 
     expected = quality(MultiProxyEntropyLoss, reducers.MeanReducer())
     assert quality(MultiProxyEntropyLoss, reducers.AvgNonZeroReducer()) > 0.93 * expected

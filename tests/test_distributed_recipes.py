@@ -167,7 +167,7 @@ def test_one_scaler_for_two_optimizers(group, overflows):
 @pytest.mark.slow
 def test_example_resumes_exactly(tmp_path):
     imports = f"import sys\nsys.path.insert(0, {EXAMPLES!r})\nimport train_sharded\n"
-    arguments = [["--epochs", "3"], *(["--epochs", n, "--checkpoints", str(tmp_path / "saved")] for n in "23")]
+    arguments = [["--epochs", "2"], *(["--epochs", n, "--checkpoints", str(tmp_path / "saved")] for n in "12")]
     calls = [f"train_sharded.main({of!r})" for of in arguments]
     printed = run_on_two_processes(tmp_path / "script.py", imports, *calls)
     whole, first, resumed = re.findall(r"MAP@R (\S+), proxies (\S+)\n", printed)

@@ -69,7 +69,7 @@ class Pool:
     def _start(self):
         context = get_context("forkserver")
         # Once, instead of in every process; the first step of an optimizer imports torch._dynamo.
-        context.set_forkserver_preload(["pml_multiproxy.distributed", "torch._dynamo", "test_data_parallel"])
+        context.set_forkserver_preload(["distributed_helpers", "pytest", "torch._dynamo"])
         self._folder = tempfile.TemporaryDirectory()
         for rank in range(self.size):
             arguments = rank, self.size, f"{self._folder.name}/store"

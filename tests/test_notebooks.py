@@ -106,16 +106,16 @@ def test_what_it_refers_to_exists(path):
 @pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_runs_by_itself(path, tmp_path):
-    """Those that train networks for one epoch, after which their figures say nothing yet."""
+    """The one with ten trainings for one epoch, after which its figures say nothing yet."""
     import nbformat
     from nbclient import NotebookClient
 
     notebook = nbformat.read(path, as_version=4)
-    for cell in cells(notebook, "code"):
+    for cell in cells(notebook, "code") if path.stem == "proxies" else ():
         cell["source"] = cell["source"].replace("epochs=15", "epochs=1")
     with warnings.catch_warnings():
         warnings.simplefilter("default")  # of Jupyter's own packages
         NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(tmp_path)}}).execute()
     assert not [output for output in outputs(notebook) if output.get("name") == "stderr"]
-    if path.stem == "text_features":
+    if path.stem != "proxies":
         CHECKS[path.stem](shown(notebook))

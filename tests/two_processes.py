@@ -32,6 +32,6 @@ assert not [name for name in names if "gloo" in name], names
 def run_on_two_processes(path, imports, *calls):
     """What two processes print, started anew for each of the calls; ``path`` is where to write the script."""
     path.write_text(f"{imports}\nSOURCES = {calls!r}\n{FORKS}")
-    result = subprocess.run([sys.executable, str(path)], capture_output=True, text=True, timeout=300)
+    result = subprocess.run([sys.executable, str(path)], capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stderr
     return result.stdout

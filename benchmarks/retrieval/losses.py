@@ -9,7 +9,6 @@ such order of their numbers.
 import json
 import random
 from ast import literal_eval
-from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -178,14 +177,9 @@ def shuffled(values, seed):
     return random.Random(seed).sample((values * DRAWS)[:DRAWS], DRAWS)
 
 
-@cache
-def read(path):
-    return json.loads(path.read_text())
-
-
 def configurations(loss, task):
     """First the defaults. Without views, settings of the neighbour term are left out, and the term is off."""
-    drawn = read(FILE)[loss]
+    drawn = json.loads(FILE.read_text())[loss]
     if task.endswith("views"):
         return drawn
     return [{key: value for key, value in c.items() if not key.startswith("neighbor")} for c in drawn]

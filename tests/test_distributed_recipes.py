@@ -3,7 +3,6 @@
 import re
 import sys
 from contextlib import nullcontext
-from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -16,12 +15,11 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
-from two_processes import run_on_two_processes
+from two_processes import EXAMPLES, calls_of_main, run_on_two_processes
 
-EXAMPLES = str(Path(__file__).parent.parent / "examples")
-sys.path.insert(0, EXAMPLES)
+sys.path.insert(0, str(EXAMPLES))
 
-from train_sharded import complete, load, save  # noqa: E402
+from train_sharded import complete, load, save
 
 
 def whole_state(model, optimizer):
@@ -166,9 +164,8 @@ def test_one_scaler_for_two_optimizers(group, overflows):
 
 @pytest.mark.slow
 def test_example_resumes_exactly(tmp_path):
-    imports = f"import sys\nsys.path.insert(0, {EXAMPLES!r})\nimport train_sharded\n"
-    arguments = [["--epochs", "2"], *(["--epochs", n, "--checkpoints", str(tmp_path / "saved")] for n in "12")]
-    calls = [f"train_sharded.main({of!r})" for of in arguments]
+    arguments = [["--epochs", 2], *(["--epochs", n, "--checkpoints", tmp_path / "saved"] for n in (1, 2))]
+    imports, calls = calls_of_main("train_sharded", *arguments)
     printed = run_on_two_processes(tmp_path / "script.py", imports, *calls)
     whole, first, resumed = re.findall(r"MAP@R (\S+), proxies (\S+)\n", printed)
     assert resumed == whole != first

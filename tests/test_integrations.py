@@ -5,13 +5,11 @@ import re
 import subprocess
 import sys
 from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 from torch.distributed import fsdp
-from two_processes import NO_THREAD_OF_GLOO_IS_LEFT, run_on_two_processes
+from two_processes import NO_THREAD_OF_GLOO_IS_LEFT, calls_of_main, run_on_two_processes
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
 RECIPES = {"train_lightning": "lightning", "train_accelerate": "accelerate"}
 
 
@@ -24,9 +22,7 @@ def skip_without(*packages):
 def run(folder, module, *calls, processes=1):
     """What main() of an example prints, called with each list of arguments in turn; imported once for all."""
     path = folder / "calls.py"
-    paths = [str(EXAMPLES), str(EXAMPLES / "integrations")]
-    imports = f"import sys\nsys.path[:0] = {paths!r}\nimport {module}\n"
-    sources = [f"{module}.main({list(map(str, arguments))!r})\n" for arguments in calls]
+    imports, sources = calls_of_main(module, *calls)
     if processes == 2:
         # FSDP2's group outlives its end: a cache of PyTorch holds it.
         end = "" if module == "train_fsdp2" else NO_THREAD_OF_GLOO_IS_LEFT

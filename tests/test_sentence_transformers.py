@@ -16,7 +16,7 @@ from datasets import Dataset, DatasetDict
 from sentence_transformers import SentenceTransformerTrainer as LibraryTrainer
 from sentence_transformers import SentenceTransformerTrainingArguments
 from transformers import TrainerCallback, set_seed
-from two_processes import run_on_two_processes
+from two_processes import EXAMPLES, run_on_two_processes
 
 from pml_multiproxy import losses
 from pml_multiproxy.sentence_transformers import LOSS_FILE, MultiProxyEntropyLoss, SentenceTransformerTrainer
@@ -32,7 +32,6 @@ with warnings.catch_warnings():
 
 pytestmark = pytest.mark.filterwarnings("default")  # the libraries warn
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
 VIEWS = {"one": (1, ["text"]), "dropout": (2, ["text"]), "two columns": (2, ["text", "other_wording"])}
 DEFAULTS = {"scale": 20, "temperature": 0.05}
 """Where the loss for text differs from the inner one."""

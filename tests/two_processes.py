@@ -2,7 +2,9 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
+EXAMPLES = Path(__file__).parent.parent / "examples"
 FORKS = """
 import os, socket, sys
 from torch.multiprocessing import start_processes
@@ -27,6 +29,13 @@ names = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/co
 assert not [name for name in names if "gloo" in name], names
 """
 """Fails a script that leaves threads of gloo. On Linux only, and not with torch 2.5, whose threads have other names."""
+
+
+def calls_of_main(module, *calls):
+    """The source that imports an example, and one that calls its main() for each list of arguments."""
+    paths = [str(EXAMPLES), str(EXAMPLES / "integrations")]
+    imports = f"import sys\nsys.path[:0] = {paths!r}\nimport {module}\n"
+    return imports, [f"{module}.main({list(map(str, arguments))!r})\n" for arguments in calls]
 
 
 def run_on_two_processes(path, imports, *calls):

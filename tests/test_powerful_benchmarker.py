@@ -51,7 +51,8 @@ def environment(tmp_path_factory):
     """Variables of an environment where install.sh has run."""
     folder = tmp_path_factory.mktemp("venv")
     venv.create(folder, with_pip=True)
-    environment = {**os.environ, "PATH": f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}", "TQDM_DISABLE": "1"}
+    path = f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}"
+    environment = {**os.environ, "VIRTUAL_ENV": str(folder), "PATH": path, "TQDM_DISABLE": "1"}
     subprocess.run(["bash", EXAMPLE / "install.sh"], check=True, env=environment)
     return environment
 

@@ -78,6 +78,7 @@ LESS_USED = [("max", "cosine"), ("softmax", "cosine"), ("logsumexp", "dot produc
     [("logsumexp", "cosine"), *(pytest.param(*case, marks=pytest.mark.slow) for case in LESS_USED)],
 )
 @OF_TORCH
+@pytest.mark.integrations
 def test_logits_export_with_a_batch_of_any_length(pooling, distance):
     model = Classifier(pooling, distance).eval()
     shapes = {"x": {0: torch.export.Dim("batch", min=1)}}

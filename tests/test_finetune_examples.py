@@ -217,6 +217,7 @@ def sentences(example, tmp_path):
     return ["--csv", str(tmp_path / "texts.csv"), "--model", str(tmp_path / "tiny"), "--epochs", "3"]
 
 
+@pytest.mark.integrations
 @pytest.mark.filterwarnings("default")  # the libraries warn
 def test_text(text, sentences, tmp_path, capsys):
     text.main([*sentences, "--out", str(tmp_path / "out")])
@@ -228,6 +229,7 @@ def test_text(text, sentences, tmp_path, capsys):
     assert (loss_func.num_classes, loss_func.views, loss_func.embedding_size) == (2, 2, 32)
 
 
+@pytest.mark.integrations
 @pytest.mark.filterwarnings("default")
 def test_text_resumes_exactly_past_a_checkpoint_that_is_not_whole(text, sentences, monkeypatch, tmp_path):
     outs = tmp_path / "whole", tmp_path / "interrupted"
@@ -251,6 +253,7 @@ def test_text_resumes_exactly_past_a_checkpoint_that_is_not_whole(text, sentence
     torch.testing.assert_close(whole, resumed, rtol=0, atol=0)
 
 
+@pytest.mark.integrations
 def test_errors_of_the_example_on_text(text, sentences, monkeypatch, tmp_path):
     def message(table, *more):
         with pytest.raises(SystemExit) as error:

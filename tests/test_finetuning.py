@@ -109,12 +109,14 @@ def test_two_views_of_an_image_are_different_and_those_of_its_own(bench):
     assert (first != second).all()
 
 
+@pytest.mark.integrations
 def test_text_takes_the_defaults_of_the_loss_for_text(bench):
     text = pytest.importorskip("pml_multiproxy.sentence_transformers")
     parameters = inspect.signature(text.MultiProxyEntropyLoss).parameters
     assert {name: parameters[name].default for name in bench.losses.TEXT} == bench.losses.TEXT
 
 
+@pytest.mark.integrations
 def test_matrix_products_are_the_blocks(bench):
     network = pytest.importorskip("efficientnet_lite_pytorch").EfficientNet.from_name("efficientnet-lite0").eval()
     x = torch.randn(3, 112, 7, 7)

@@ -30,7 +30,7 @@ with warnings.catch_warnings():
         MultipleNegativesRankingLoss,
     )
 
-pytestmark = pytest.mark.filterwarnings("default")  # the libraries warn
+pytestmark = [pytest.mark.integrations, pytest.mark.filterwarnings("default")]  # the libraries warn
 
 VIEWS = {"one": (1, ["text"]), "dropout": (2, ["text"]), "two columns": (2, ["text", "other_wording"])}
 DEFAULTS = {"scale": 20, "temperature": 0.05}

@@ -44,6 +44,15 @@ def test_every_number_with_a_spread_is_committed():
         assert cells == [f"{mean:.1f} ± {spread:.1f}" for mean, spread in spreads]
 
 
+def test_the_strongest_rival_at_its_best_is_that_of_the_tables():
+    _, rows = (RESULTS.parent / "tables.md").read_text().split("**`leaves`: every loss in the best of three", 1)
+    _, _header, ours, rival, *_ = rows.split("\n| ")
+    assert ours.startswith("MultiProxyEntropy |")
+    name, map_at_r, _, precision, *_ = rival.split(" | ")
+    sentence = f"{name.replace('+', 'and')}, has {map_at_r.split()[0]} MAP@R and {precision.split()[0]} Precision@1."
+    assert f"the strongest rival, {sentence}" in " ".join(README.split())
+
+
 def test_a_newcomer_reads_it_in_five_minutes():
     assert len(README.split()) <= 1200
 

@@ -8,6 +8,7 @@ from unittest import mock
 import pytest
 import torch
 from distributed_helpers import Model, assert_close, batches, local, make_training, pair_of_losses, train
+from forked import EXAMPLES, calls_of_main, run_forked
 from ranks import on
 from torch import distributed
 from torch.distributed.checkpoint import FileSystemWriter
@@ -15,7 +16,6 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
-from two_processes import EXAMPLES, calls_of_main, run_on_two_processes
 
 sys.path.insert(0, str(EXAMPLES))
 
@@ -166,7 +166,7 @@ def test_one_scaler_for_two_optimizers(group, overflows):
 def test_example_resumes_exactly(tmp_path):
     arguments = [["--epochs", 2], *(["--epochs", n, "--checkpoints", tmp_path / "saved"] for n in (1, 2))]
     imports, calls = calls_of_main("train_sharded", *arguments)
-    printed = run_on_two_processes(tmp_path / "script.py", imports, *calls)
+    printed = run_forked(tmp_path / "script.py", imports, *((2, call) for call in calls))
     whole, first, resumed = re.findall(r"MAP@R (\S+), proxies (\S+)\n", printed)
     assert resumed == whole != first
     assert 45 < float(whole[0]) < 100

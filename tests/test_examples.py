@@ -9,8 +9,8 @@ from statistics import mean
 import matplotlib.image
 import pytest
 import torch
+from forked import NO_THREAD_OF_GLOO_IS_LEFT, calls_of_main, run_forked
 from pytorch_metric_learning import reducers
-from two_processes import NO_THREAD_OF_GLOO_IS_LEFT, calls_of_main, run_on_two_processes
 
 from pml_multiproxy import MultiProxyEntropyLoss
 
@@ -178,7 +178,7 @@ def test_start_from_kmeans(example, capsys):
 @pytest.mark.slow
 def test_train_ddp(tmp_path):
     imports, (call,) = calls_of_main("train_ddp", ["--epochs", 2, "--batch-size", 60])
-    lines = run_on_two_processes(tmp_path / "script.py", imports, call + NO_THREAD_OF_GLOO_IS_LEFT).splitlines()
+    lines = run_forked(tmp_path / "script.py", imports, (2, call + NO_THREAD_OF_GLOO_IS_LEFT)).splitlines()
     assert [line.split(":")[0] for line in lines] == ["epoch 1", "epoch 2"]
     assert all(20 < float(line.split()[-1]) < 100 for line in lines)
 

@@ -13,10 +13,10 @@ pytest.importorskip("datasets")
 pytest.importorskip("accelerate")
 
 from datasets import Dataset, DatasetDict
+from forked import EXAMPLES, run_forked
 from sentence_transformers import SentenceTransformerTrainer as LibraryTrainer
 from sentence_transformers import SentenceTransformerTrainingArguments
 from transformers import TrainerCallback, set_seed
-from two_processes import EXAMPLES, run_on_two_processes
 
 from pml_multiproxy import losses
 from pml_multiproxy.sentence_transformers import LOSS_FILE, MultiProxyEntropyLoss, SentenceTransformerTrainer
@@ -335,4 +335,4 @@ print("equal", flush=True)
 def test_two_processes_share_proxies_and_usage_and_resume_exactly(tmp_path):
     imports = TWO_PROCESSES.format(paths=[str(EXAMPLES), str(Path(__file__).parent)])
     call = TRAININGS.format(folder=f"{tmp_path}/")
-    assert run_on_two_processes(tmp_path / "script.py", imports, call).count("equal") == 2
+    assert run_forked(tmp_path / "script.py", imports, (2, call)).count("equal") == 2

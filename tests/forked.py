@@ -1,5 +1,6 @@
-"""Scripts on two processes, as torchrun would start them, but which import once."""
+"""Scripts on one or two processes, as torchrun would start two, but which import once."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -7,21 +8,23 @@ from pathlib import Path
 EXAMPLES = Path(__file__).parent.parent / "examples"
 FORKS = """
 import os, socket, sys
+import torch._dynamo  # optimizers import it, which would take each process seconds
 from torch.multiprocessing import start_processes
 
-def process(rank, port, source):
+def process(rank, processes, port, source):
     of_torchrun = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "TORCHELASTIC_RUN_ID": 0}
     of_torchrun |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    os.environ |= {name: str(value) for name, value in of_torchrun.items()}
+    if processes == 2:
+        os.environ |= {name: str(value) for name, value in of_torchrun.items()}
     exec(source, globals())
     # Gloo's threads now and then abort a process in which Python ends (pytorch/pytorch#190489), when all is done.
     sys.stdout.flush()
     os._exit(0)
 
-for source in SOURCES:
+for processes, source in CALLS:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    start_processes(process, (port, source), nprocs=2, start_method="fork")
+    start_processes(process, (processes, port, source), nprocs=processes, start_method="fork")
 """
 NO_THREAD_OF_GLOO_IS_LEFT = """
 from pathlib import Path
@@ -38,9 +41,10 @@ def calls_of_main(module, *calls):
     return imports, [f"{module}.main({list(map(str, arguments))!r})\n" for arguments in calls]
 
 
-def run_on_two_processes(path, imports, *calls):
-    """What two processes print, started anew for each of the calls; ``path`` is where to write the script."""
-    path.write_text(f"{imports}\nSOURCES = {calls!r}\n{FORKS}")
-    result = subprocess.run([sys.executable, str(path)], capture_output=True, text=True, timeout=600)
+def run_forked(path, imports, *calls, **environment):
+    """What processes print, started anew for each call, a number of processes and a source, by a script at ``path``."""
+    path.write_text(f"{imports}\nCALLS = {calls!r}\n{FORKS}")
+    environment = os.environ | environment
+    result = subprocess.run([sys.executable, str(path)], capture_output=True, text=True, timeout=600, env=environment)
     assert result.returncode == 0, result.stderr
     return result.stdout

@@ -1,4 +1,4 @@
-"""Scripts on one or two processes, as torchrun would start two, but which import once."""
+"""Scripts on one process, or on several as torchrun would start them, but which import once."""
 
 import os
 import subprocess
@@ -12,9 +12,9 @@ import torch._dynamo  # optimizers import it, which would take each process seco
 from torch.multiprocessing import start_processes
 
 def process(rank, processes, port, source):
-    of_torchrun = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "TORCHELASTIC_RUN_ID": 0}
-    of_torchrun |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    if processes == 2:
+    of_torchrun = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
+    of_torchrun |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": 0}
+    if processes > 1:
         os.environ |= {name: str(value) for name, value in of_torchrun.items()}
     exec(source, globals())
     # Gloo's threads now and then abort a process in which Python ends (pytorch/pytorch#190489), when all is done.

@@ -1,13 +1,13 @@
+"""Fixtures and settings of all tests. Imports torch where tests run, and not where pytest-xdist starts its workers."""
+
 import os
 from importlib import metadata
 
 import pytest
-import pytorch_metric_learning
-import torch
 from hypothesis import HealthCheck, settings
-from ranks import Pool
 
-from pml_multiproxy import MultiProxyEntropyLoss
+# The workers of pytest-xdist share the cores: a worker, and a program that it starts, uses one thread.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 settings.register_profile(
     "ours",
@@ -20,27 +20,22 @@ settings.register_profile(
 settings.load_profile("ours")
 
 
-def pytest_configure():
-    """The workers of pytest-xdist share the cores: a worker, and a program that it starts, uses one thread."""
-    torch.set_num_threads(1)
-    os.environ["OMP_NUM_THREADS"] = "1"
-
-
 def pytest_report_header():
-    return (
-        f"pytorch-metric-learning {pytorch_metric_learning.__version__}, torch {torch.__version__}, "
-        f"numpy {metadata.version('numpy')}"
-    )
+    return ", ".join(f"{name} {metadata.version(name)}" for name in ("pytorch-metric-learning", "torch", "numpy"))
 
 
 @pytest.fixture(autouse=True)
 def seed():
+    import torch
+
     torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")
 def pool():
     """Four ranks, see :mod:`ranks`; started by the first test that needs them."""
+    from ranks import Pool
+
     pool = Pool()
     yield pool
     pool.close()
@@ -49,9 +44,13 @@ def pool():
 @pytest.fixture
 def batch():
     """Embeddings (12, 8) that want a gradient, and labels of three classes."""
+    import torch
+
     return torch.randn(12, 8, requires_grad=True), torch.arange(12) % 3
 
 
 @pytest.fixture
 def loss_func():
+    from pml_multiproxy import MultiProxyEntropyLoss
+
     return MultiProxyEntropyLoss(num_classes=3, embedding_size=8, proxies_per_class=4)

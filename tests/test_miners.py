@@ -14,26 +14,28 @@ from pml_multiproxy import MultiProxyEntropyLoss
 from pml_multiproxy.miners import MultiProxyMiner
 
 
-def similarity(loss_func, x, w):
-    value = loss_func.distance(x[None], w[None]).item()
-    return value if loss_func.distance.is_inverted else -value
+def similarities(loss_func, samples):
+    """Of each sample to each proxy of each class, as lists."""
+    shape = loss_func.proxies.shape[:2]
+    for x in samples:
+        values = loss_func.distance(x[None], loss_func.proxies.flatten(0, 1)).view(shape)
+        yield (values if loss_func.distance.is_inverted else -values).tolist()
 
 
-def nearest(loss_func, x, y):
-    """(proxy, similarity) of the nearest proxy of class y."""
-    values = [similarity(loss_func, x, w) for w in loss_func.proxies[y]]
-    return max(range(len(values)), key=values.__getitem__), max(values)
+def nearest(values):
+    return max(range(len(values)), key=values.__getitem__)
 
 
 def mine_by_hand(loss_func, margin, embeddings, labels, ref_emb, ref_labels):
     positives, negatives = [], []
-    for i, (x, y) in enumerate(zip(embeddings, labels, strict=True)):
-        k, own = nearest(loss_func, x, y)
-        for j, (other, other_label) in enumerate(zip(ref_emb, ref_labels, strict=True)):
+    references = list(zip(similarities(loss_func, ref_emb), ref_labels, strict=True))
+    for i, (of_sample, y) in enumerate(zip(similarities(loss_func, embeddings), labels, strict=True)):
+        k = nearest(of_sample[y])
+        for j, (of_other, other_label) in enumerate(references):
             if other_label == y:
-                if nearest(loss_func, other, y)[0] == k and not (ref_emb is embeddings and i == j):
+                if nearest(of_other[y]) == k and not (ref_emb is embeddings and i == j):
                     positives.append((i, j))
-            elif similarity(loss_func, other, loss_func.proxies[y, k]) >= own - margin:
+            elif of_other[y][k] >= of_sample[y][k] - margin:
                 negatives.append((i, j))
     return positives, negatives
 

@@ -54,6 +54,7 @@ def make_models():
         return nn.Conv2d(channels_in, channels_out, 3, padding=1), nn.BatchNorm2d(channels_out), nn.ReLU()
 
     trunk = nn.Sequential(*block(1, 32), *block(32, 64), nn.MaxPool2d(2), *block(64, 64), nn.MaxPool2d(2), nn.Flatten())
+    trunk = trunk.to(memory_format=torch.channels_last)  # faster convolutions
     return {"trunk": trunk, "embedder": nn.Linear(64 * 4, EMBEDDING_SIZE)}
 
 

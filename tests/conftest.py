@@ -25,10 +25,11 @@ def pytest_report_header():
 
 
 @pytest.fixture(autouse=True)
-def seed():
+def same_start():
     import torch
 
     torch.manual_seed(0)
+    torch.set_num_threads(1)  # commands of benchmarks that tests call set more
 
 
 @pytest.fixture(scope="session")

@@ -134,7 +134,9 @@ def train(dataset, loss_func, **settings):
     optimizers = {f"{name}_optimizer": torch.optim.Adam(params, lr=0.01) for name, params in optimizers.items()}
     settings = {"models": {"trunk": trunk}, "optimizers": optimizers, "batch_size": 6, **settings}
     losses, settings = {"metric_loss": loss_func}, {"dataloader_num_workers": 0, "collate_fn": stack_views, **settings}
-    trainers.MetricLossOnly(loss_funcs=losses, dataset=dataset, **settings).train(num_epochs=1)
+    trainer = trainers.MetricLossOnly(loss_funcs=losses, dataset=dataset, **settings)
+    trainer.train(num_epochs=1)
+    trainer.dataloader_iter = None  # ends its workers; the garbage collector would wait ten seconds for them
     return trunk
 
 

@@ -148,6 +148,7 @@ def train(inputs, labels, proxies_per_class, seed):
     return network.eval(), loss_func
 
 
+@pytest.mark.slow
 def test_finds_how_many_clusters_there_are():
     cluster = torch.arange(1200) % (2 * CLUSTERS)
     inputs, labels = 3 * torch.randn(2 * CLUSTERS, 16)[cluster] + torch.randn(1200, 16), cluster // CLUSTERS

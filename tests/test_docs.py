@@ -95,6 +95,7 @@ def hints(noisy_digits, settings):
     return precision, recall
 
 
+@pytest.mark.slow
 def test_hints_at_wrong_labels(noisy_digits):
     precision, recall = hints(noisy_digits, {"pooling": "max", "intra_weight": 0.0, "balance_weight": 0.0})
     assert recall == sorted(recall, reverse=True)

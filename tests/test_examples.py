@@ -189,6 +189,7 @@ def scores(table):
     return {name.strip(): [float(cell) for cell in cells] for name, *cells in rows}
 
 
+@pytest.mark.slow
 def test_look_at_proxies(example, tmp_path, capsys):
     example("look_at_proxies").main(["--out", str(tmp_path / "new"), "--epochs", "1"])
     table = (tmp_path / "new" / "scores.md").read_text()

@@ -24,9 +24,7 @@ def speed(monkeypatch, tmp_path):
     for name, value in replacements.items():
         monkeypatch.setattr(module, name, value)
     monkeypatch.setattr(module, "extra_mb_alone", lambda row, shape, mode: 1234.5)
-    threads = torch.get_num_threads()
-    yield module
-    torch.set_num_threads(threads)
+    return module
 
 
 @pytest.fixture
@@ -116,7 +114,6 @@ def test_floor_is_the_three_products(speed, row):
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
 def test_memory_is_that_of_one_step(speed, monkeypatch):
     monkeypatch.undo()
-    torch.set_num_threads(1)
     shape = speed.Shape(128, 1000, 10, 16)
     similarities = 4e-6 * 128 * 1000 * 10
     assert 0.9 * similarities < speed.extra_mb_alone("floor", shape, CPU) < 2 * similarities

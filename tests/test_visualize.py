@@ -171,8 +171,8 @@ def test_the_same_values_give_the_same_pictures(loss_func):
     expected = pictures(*inputs)
     short = [tensor.bfloat16() if tensor.is_floating_point() else tensor.int() for tensor in inputs]
     assert pictures(*short) == expected
-    kinds = [*ARRAYS.values(), ARRAYS["big-endian"]]
-    assert pictures(*(make(tensor.numpy()) for make, tensor in zip(kinds, inputs, strict=True))) == expected
+    for make in ARRAYS.values():
+        assert pictures(*(make(tensor.numpy()) for tensor in inputs)) == expected
     with torch.device("meta"):  # the default device does not matter
         assert pictures(*inputs) == expected
 

@@ -44,30 +44,16 @@ def to_target(distance: Any, embeddings: Tensor, labels: Tensor, proxies: Tensor
 
     Time and memory are linear in the number of embeddings, and do not depend on the number of classes.
     """
-    per_class = proxies.shape[1]
+    count, per_class, _ = proxies.shape
     result = embeddings.new_empty(len(labels), per_class, dtype=functional.compute_dtype(embeddings, proxies))
-    order = labels.argsort()
-    classes, counts = torch.unique_consecutive(labels[order], return_counts=True)
-    for of_classes, rows in _blocks(counts.tolist(), per_class):
-        samples = order[rows]
-        block = similarities(distance, embeddings[samples], proxies[classes[of_classes]].flatten(0, 1))
-        block = torch.unflatten(block, 1, (-1, per_class))
-        place = torch.arange(len(counts[of_classes]), device=labels.device).repeat_interleave(counts[of_classes])
-        result[samples] = block[torch.arange(len(samples), device=labels.device), place]
+    # Samples are compared with the proxies of all classes among them, which are no more than samples or classes.
+    step = max(MOST_SIMILARITIES // max(count * per_class, 1), math.isqrt(MOST_SIMILARITIES // per_class), 1)
+    for samples in torch.split(labels.argsort(), step):
+        classes, places = torch.unique(labels[samples], return_inverse=True)
+        block = similarities(distance, embeddings[samples], proxies[classes].flatten(0, 1))
+        block = torch.unflatten(block, 1, (len(classes), per_class))
+        result[samples] = block[torch.arange(len(samples), device=labels.device), places]
     return result
-
-
-def _blocks(counts: list[int], per_class: int) -> list[tuple[slice, slice]]:
-    """Runs of classes and of their samples. Every sample of a run is compared with every proxy of the run."""
-    blocks, first, begin, end = [], 0, 0, 0
-    for i, count in enumerate(counts):
-        if i > first and (i + 1 - first) * (end + count - begin) * per_class > MOST_SIMILARITIES:
-            blocks.append((slice(first, i), slice(begin, end)))
-            first, begin = i, end
-        end += count
-    if counts:
-        blocks.append((slice(first, len(counts)), slice(begin, end)))
-    return blocks
 
 
 def outliers(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, distributed
 from torch.nn import functional as F
 
+from . import functional
 from ._analytic.online_softmax import Sums
 from ._similarity import keep_short
 
@@ -52,7 +53,7 @@ class Batch(NamedTuple):
     indices_tuple: tuple[Tensor, ...] | None
 
 
-def gather(batch: Batch, shard: Shard, views: int, dtype: torch.dtype, distance: Any, training: bool) -> Batch:
+def gather(batch: Batch, shard: Shard, views: int, proxies: Tensor, distance: Any, training: bool) -> Batch:
     """The samples of all ranks, view by view, as if one process had them."""
     if shard.group is None:
         return batch
@@ -61,13 +62,14 @@ def gather(batch: Batch, shard: Shard, views: int, dtype: torch.dtype, distance:
     order = _order_of_views(sizes, views).to(embeddings.device)
     labels_and_counts = torch.stack([labels, _counts(indices_tuple, labels)], dim=1)
     all_labels, counts = _gather(labels_and_counts, sizes, shard.group)[order].unbind(dim=1)
+    dtype = functional.compute_dtype(embeddings, proxies)
     everything = _Gather.apply(embeddings, sizes, order, dtype, shard.group)  # type: ignore[no-untyped-call]
     everything = keep_short(distance, everything, embeddings.dtype)
     return Batch(everything, all_labels, (torch.repeat_interleave(counts),))
 
 
 def gather_rows(
-    embeddings: Tensor, labels: Tensor | None, shard: Shard, dtype: torch.dtype, distance: Any, training: bool
+    embeddings: Tensor, labels: Tensor | None, shard: Shard, proxies: Tensor, distance: Any, training: bool
 ) -> tuple[Tensor, Tensor | None, list[int]]:
     """The embeddings and labels of all ranks, rank by rank, without a gradient, and how many each rank has."""
     if shard.group is None:
@@ -75,7 +77,7 @@ def gather_rows(
     sizes = _sizes(embeddings, training, shard.group)
     if labels is not None:
         labels = _gather(labels.unsqueeze(1), sizes, shard.group).squeeze(1)
-    rows = _gather(embeddings, sizes, shard.group).to(dtype)
+    rows = _gather(embeddings, sizes, shard.group).to(functional.compute_dtype(embeddings, proxies))
     return keep_short(distance, rows, embeddings.dtype), labels, sizes
 
 

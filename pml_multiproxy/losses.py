@@ -19,7 +19,7 @@ from ._analytic.chunks import make_plan
 from ._analytic.poolings import POOLINGS
 from ._check import Settings
 from ._monitor import Statistics, UntrainedProxies, statistics
-from ._pml import ARGUMENTS, ProxyLoss
+from ._pml import ProxyLoss
 from ._shard import Shard
 from ._similarity import is_plain_cosine, record_norms, similarities
 from ._step import Step, sample_losses
@@ -189,7 +189,6 @@ class MultiProxyEntropyLoss(ProxyLoss):
         **kwargs: Any,
     ) -> None:
         given = locals()
-        check.keywords(kwargs, [*Settings._fields, "usage_group", *ARGUMENTS], type(self).__name__)
         check.process_group("usage_group", usage_group, also="world")
         super().__init__(**kwargs)
         for name in Settings._fields:
@@ -236,8 +235,7 @@ class MultiProxyEntropyLoss(ProxyLoss):
         self.reset_stats()
         check.references(embeddings, labels, ref_emb, ref_labels, self.views)
         batch = self._checked(embeddings, labels, indices_tuple)
-        dtype = functional.compute_dtype(batch.embeddings, self.proxies)
-        batch = sharding.gather(batch, self._shard, self.views, dtype, self.distance, self._is_training())
+        batch = sharding.gather(batch, self._shard, self.views, self.proxies, self.distance, self._is_training())
         loss_dict = self.compute_loss(*batch, batch.embeddings, batch.labels)
         return self.reduced(loss_dict, batch.embeddings, batch.labels)
 
@@ -255,11 +253,11 @@ class MultiProxyEntropyLoss(ProxyLoss):
         ranks.
         """
         check.references(embeddings, labels, ref_emb, ref_labels, self.views)
-        settings, proxies, usage = check.settings(self), self._local(self.proxies), self._local(self.proxy_usage)
-        training = self._is_training()
+        settings, parameter, training = check.settings(self), self.proxies, self._is_training()
+        proxies, usage = self._local(parameter), self._local(self.proxy_usage)
         # Proxies that a parametrization computes are no leaf, and belong to no optimizer.
-        if training and self.proxies.requires_grad and self.proxies.is_leaf and not torch.compiler.is_compiling():
-            self._untrained.look(proxies, self.proxies.grad)
+        if training and parameter.requires_grad and parameter.is_leaf and not torch.compiler.is_compiling():
+            self._untrained.look(proxies, parameter.grad)
         result = sample_losses(
             Step(embeddings, labels, proxies, usage, self.usage_group, training, self.distance, settings, self._shard)
         )
@@ -324,9 +322,8 @@ class MultiProxyEntropyLoss(ProxyLoss):
         if labels is not None:
             labels = self._own_classes(embeddings, labels)
         proxies = self._local(self.proxies)
-        dtype = functional.compute_dtype(embeddings, proxies)
         rows, row_labels, sizes = sharding.gather_rows(
-            embeddings, labels, self._shard, dtype, self.distance, self._is_training()
+            embeddings, labels, self._shard, proxies, self.distance, self._is_training()
         )
         if row_labels is None:
             found = nearest.nearest_of_all(self.distance, rows, proxies, self._shard)
@@ -527,11 +524,12 @@ class MultiProxyEntropyLoss(ProxyLoss):
         check.embeddings(embeddings, self.proxies)
         checked = check.labels(labels, len(embeddings), self.num_classes)
         mined = check.indices_tuple(indices_tuple, len(embeddings))
-        # Forgotten views show in the first batch. Looking at every batch would synchronise a GPU.
-        look = self.views > 1 and not (torch.compiler.is_compiling() or checked.is_meta)
-        look = look and (checked.device.type == "cpu" or not self._has_seen_views)
-        check.views(checked, self.views, look)
-        self._has_seen_views = self._has_seen_views or look
+        if self.views != 1:
+            # Forgotten views show in the first batch. Looking at every batch would synchronise a GPU.
+            look = checked.device.type == "cpu" or not (self._has_seen_views or checked.is_meta)
+            look = look and not torch.compiler.is_compiling()
+            check.views(checked, self.views, look)
+            self._has_seen_views = self._has_seen_views or look
         if self._is_training():
             check.training_call()
         return sharding.Batch(_saveable(embeddings), _saveable(checked.to(embeddings.device)), mined)
@@ -563,11 +561,6 @@ class MultiProxyEntropyLoss(ProxyLoss):
                 "parametrization, pruning or fully_shard: do it before, or remove that"
             )
         return self._local(proxies), self._local(self.proxy_usage)
-
-    def __getattr__(self, name: str) -> Any:
-        if name in Statistics._fields:
-            raise AttributeError(f"{name} is recorded by calls of a loss that was made with collect_stats=True")
-        return super().__getattr__(name)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

@@ -50,4 +50,6 @@ class RestructuredText(griffe.Extension):
                 with suppress(KeyError, griffe.AliasResolutionError):  # not ours
                     found = functools.reduce(lambda owner, part: owner.all_members[part], parts, self.package)
                     return f"[`{path if found.is_module else '.'.join(parts[1:])}`][{path}]"
+        if name.startswith(f"{self.package.name}."):
+            raise LookupError(f"the docstring of {obj.path} refers to {name}, which is not there")
         return f"`{name}`"

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse import csr_array
+from scipy.spatial.distance import cdist
 
 Floats = NDArray[np.float64]
 Integers = NDArray[Any]
@@ -50,7 +51,7 @@ def find(points: Floats, proxies: Integers, per_class: int, number: int | None) 
     """
     from sklearn.cluster import KMeans  # slow to import
 
-    clusters = _summarize(points, proxies)
+    clusters = _join(Clusters(np.ones(len(points)), points, np.zeros(len(points))), proxies)
     steps = list(_merge(clusters))
     centers = _join(clusters, _best(clusters, steps) if number is None else steps[-number:][0]).means
     # Proxies cut groups at boundaries of their own, so samples move to the nearest group.
@@ -78,7 +79,7 @@ def _best(clusters: Clusters, steps: list[Integers]) -> Integers:
 def _merge(clusters: Clusters) -> Iterator[Integers]:
     """Ward's linkage: which cluster each is part of, ``(K,)``, before and after each merger, from ``K`` to one."""
     sizes, parts = clusters.sizes.copy(), np.arange(len(clusters.sizes))
-    costs = _squared(clusters.means, clusters.means) * sizes[:, None] * sizes / (sizes[:, None] + sizes)
+    costs = cdist(clusters.means, clusters.means, "sqeuclidean") * sizes[:, None] * sizes / (sizes[:, None] + sizes)
     np.fill_diagonal(costs, np.inf)
     yield parts
     for _ in sizes[1:]:
@@ -108,18 +109,13 @@ def _silhouette(clusters: Clusters, parts: Integers, joined: Clusters) -> float:
     own = np.unique(parts, return_inverse=True)[1]
     if len(joined.sizes) == 1:
         return -1.0
-    distances = _squared(clusters.means, joined.means) + clusters.variances[:, None]
+    distances = cdist(clusters.means, joined.means, "sqeuclidean") + clusters.variances[:, None]
     places, sizes = np.arange(len(own)), joined.sizes[own]
     to_own = distances[places, own] * sizes / np.maximum(sizes - 1, 1)  # without the sample itself
     distances[places, own] = np.inf
     to_next = distances.min(axis=1)
     values = (to_next - to_own) / np.maximum(np.maximum(to_next, to_own), np.finfo(float).tiny)
     return float(np.average(np.where(sizes > 1, values, 0), weights=clusters.sizes))
-
-
-def _summarize(points: Floats, clusters: Integers) -> Clusters:
-    each = Clusters(np.ones(len(points)), points, np.zeros(len(points)))
-    return _join(each, clusters)
 
 
 def _join(clusters: Clusters, parts: Integers) -> Clusters:
@@ -129,10 +125,3 @@ def _join(clusters: Clusters, parts: Integers) -> Clusters:
     means = csr_array((clusters.sizes, (own, np.arange(len(own))))) @ clusters.means / sizes[:, None]
     spread = clusters.variances + ((clusters.means - means[own]) ** 2).sum(axis=1)
     return Clusters(sizes, means, np.bincount(own, clusters.sizes * spread) / sizes)
-
-
-def _squared(points: Floats, others: Floats) -> Floats:
-    from sklearn.metrics.pairwise import euclidean_distances
-
-    result: Floats = euclidean_distances(points, others, squared=True)
-    return result

@@ -53,10 +53,12 @@ class Batch(NamedTuple):
     indices_tuple: tuple[Tensor, ...] | None
 
 
-def gather(batch: Batch, shard: Shard, views: int, proxies: Tensor, distance: Any, training: bool) -> Batch:
-    """The samples of all ranks, view by view, as if one process had them."""
+def gather(
+    batch: Batch, shard: Shard, views: int, proxies: Tensor, distance: Any, training: bool
+) -> tuple[Batch, list[int]]:
+    """The samples of all ranks, view by view, as if one process had them; and how many each rank has."""
     if shard.group is None:
-        return batch
+        return batch, [len(batch.embeddings)]
     embeddings, labels, indices_tuple = batch
     sizes = _sizes(embeddings, training, shard.group)
     order = _order_of_views(sizes, views).to(embeddings.device)
@@ -65,20 +67,7 @@ def gather(batch: Batch, shard: Shard, views: int, proxies: Tensor, distance: An
     dtype = functional.compute_dtype(embeddings, proxies)
     everything = _Gather.apply(embeddings, sizes, order, dtype, shard.group)  # type: ignore[no-untyped-call]
     everything = keep_short(distance, everything, embeddings.dtype)
-    return Batch(everything, all_labels, (torch.repeat_interleave(counts),))
-
-
-def gather_rows(
-    embeddings: Tensor, labels: Tensor | None, shard: Shard, proxies: Tensor, distance: Any, training: bool
-) -> tuple[Tensor, Tensor | None, list[int]]:
-    """The embeddings and labels of all ranks, rank by rank, without a gradient, and how many each rank has."""
-    if shard.group is None:
-        return embeddings, labels, [len(embeddings)]
-    sizes = _sizes(embeddings, training, shard.group)
-    if labels is not None:
-        labels = _gather(labels.unsqueeze(1), sizes, shard.group).squeeze(1)
-    rows = _gather(embeddings, sizes, shard.group).to(functional.compute_dtype(embeddings, proxies))
-    return keep_short(distance, rows, embeddings.dtype), labels, sizes
+    return Batch(everything, all_labels, (torch.repeat_interleave(counts),)), sizes
 
 
 def is_local(positions: Tensor, shard: Shard) -> Tensor | None:
@@ -155,8 +144,15 @@ def of_largest(values: Tensor, positions: Tensor, shard: Shard) -> Tensor:
 
 
 def own_rows(rows: Tensor, sizes: list[int], shard: Shard) -> Tensor:
-    """The rows of this rank among those that :func:`gather_rows` gathered."""
+    """The rows of this rank among those of all ranks, with a single view."""
     return rows if shard.group is None else torch.split(rows, sizes)[distributed.get_rank(shard.group)]
+
+
+def processes(usage_group: Any) -> "ProcessGroup | None":
+    """The processes of a ``usage_group``; ``None``: this one alone."""
+    if usage_group == "world":
+        usage_group = distributed.group.WORLD if distributed.is_available() else None
+    return usage_group  # type: ignore[no-any-return]
 
 
 def check_replicas(usage_group: "ProcessGroup | str | None") -> None:
@@ -171,8 +167,8 @@ def check_replicas(usage_group: "ProcessGroup | str | None") -> None:
 
 def copy_from_first_(tensors: Iterable[Tensor], usage_group: "ProcessGroup | str | None") -> None:
     """Overwrites the tensors by those of the first process of the group."""
-    if usage_group is not None and distributed.is_available() and distributed.is_initialized():
-        group: Any = distributed.group.WORLD if usage_group == "world" else usage_group
+    group = processes(usage_group)
+    if group is not None:
         for tensor in tensors:
             distributed.broadcast(tensor, distributed.get_global_rank(group, 0), group=group)
 

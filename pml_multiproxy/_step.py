@@ -1,6 +1,6 @@
 """One step of the loss, from embeddings to the loss of each sample: by the analytic gradient or by autograd."""
 
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, distributed
@@ -10,7 +10,8 @@ from . import _analytic as analytic
 from . import _shard as sharding
 from . import _similarity as similarity
 from . import functional
-from ._analytic import neighbors, online_softmax, within_class
+from ._analytic import online_softmax
+from ._analytic import terms as analytic_terms
 from ._analytic.chunks import make_plan
 from ._analytic.poolings import POOLINGS
 from ._analytic.products import DistanceCalls, Products, prepare
@@ -19,8 +20,6 @@ from ._shard import Shard
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
-
-Implementation = Literal["analytic", "autograd"]
 
 
 class Step(NamedTuple):
@@ -66,7 +65,7 @@ def sample_losses(step: Step) -> Result:
     return _by_autograd(step) if _implementation(step) == "autograd" else _by_analytic_gradient(step)
 
 
-def _implementation(step: Step) -> Implementation:
+def _implementation(step: Step) -> str:
     if step.shard.group is not None:  # the plain equations have no partial sums
         return "analytic"
     # torch.compile optimises the plain equations better, and the analytic gradient has no rules for transforms.
@@ -94,8 +93,8 @@ def _by_analytic_gradient(step: Step) -> Result:
     wants_gradient = torch.is_grad_enabled() and (embeddings.requires_grad or proxies.requires_grad)
     with torch.no_grad(), similarity.without_autocast(embeddings.device.type):
         scan = analytic.scan(context, proxies, positions, keep=plan.keep and wants_gradient)
-        assignment = within_class.assign(scan.target_similarities, settings.temperature, settings.views)
-        balance = within_class.balance(assignment.q, _updated_usage(step, positions, assignment.q.T))
+        assignment = analytic_terms.assign(scan.target_similarities, settings.temperature, settings.views)
+        balance = analytic_terms.balance(assignment.q, _updated_usage(step, positions, assignment.q.T))
         partial = sharding.Partial(scan.others, scan.target_pooled, assignment.intra, balance.balance)
         partial = sharding.reduce(partial, positions, step.shard)
         classes = online_softmax.class_terms(partial.others, partial.target_similarity, settings.scale, settings.margin)
@@ -105,7 +104,7 @@ def _by_analytic_gradient(step: Step) -> Result:
             left_out = None if products.are_finite else similarity.not_finite(step.embeddings)
             sharing = _neighborhoods(step, products, proxies, positions, assignment.q.T, left_out)
             targets = functional.neighbor_targets(*sharing, step.labels, settings.views, left_out)
-            contrast = neighbors.contrast(products.among_samples(), targets, left_out, settings)
+            contrast = analytic_terms.contrast(products.among_samples(), targets, left_out, settings)
             losses = torch.add(losses, contrast.losses, alpha=settings.neighbor_weight)
     saved = analytic.Saved(positions, assignment, balance, classes, contrast)
     losses = analytic.with_gradient(losses, embeddings, proxies, context, saved, scan.kept)
@@ -192,13 +191,8 @@ def _updated_usage(step: Step, positions: Tensor, assignments: Tensor) -> Tensor
         # Sums for all classes, not for those of the batch: equally long on all processes, these can be added up
         # without asking how many samples each has. Equal to the last bit everywhere, they keep the usage equal.
         sums = functional.usage_sums(assignments, positions, len(step.usage))
-        _add_over_processes_(sums, step.usage_group)
+        group = sharding.processes(step.usage_group)
+        if group is not None:
+            distributed.all_reduce(sums, group=group)
         step.usage.copy_(functional.moved_usage(step.usage, sums, step.settings.usage_momentum))
     return step.usage.index_select(0, positions).to(assignments.dtype)
-
-
-def _add_over_processes_(sums: Tensor, group: "ProcessGroup | str | None") -> None:
-    if group is not None and group != "world":
-        distributed.all_reduce(sums, group=group)
-    elif group == "world" and distributed.is_available() and distributed.is_initialized():
-        distributed.all_reduce(sums)

@@ -41,6 +41,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.stats import entropy
 from torch import Tensor
 from tqdm import tqdm
 
@@ -86,11 +87,7 @@ class _Assigns(Protocol):
 
 
 def proxy_agreement(
-    loss_funcs: Sequence[_Assigns],
-    embeddings: Sequence[Array],
-    labels: Array,
-    *,
-    min_samples: int = MIN_SAMPLES,
+    loss_funcs: Sequence[_Assigns], embeddings: Sequence[Array], labels: Array, *, min_samples: int = MIN_SAMPLES
 ) -> Agreement:
     """How far trained losses split each class alike: :func:`assignment_agreement` of their assignments.
 
@@ -122,11 +119,6 @@ def proxy_agreement(
     classes = check.integers("labels", _as_tensor(labels), len(labels))
     assignments = []
     for run, loss_func in enumerate(loss_funcs):
-        if not callable(getattr(loss_func, "assign", None)):
-            raise TypeError(
-                f"loss_funcs[{run}] must have a method assign(embeddings, labels), got {type(loss_func).__name__}: "
-                "pass assignments to assignment_agreement instead"
-            )
         points = _as_tensor(embeddings[run])
         check.finite(f"embeddings[{run}]", points)
         assignments.append(loss_func.assign(points, classes.to(points.device))[1])
@@ -134,10 +126,7 @@ def proxy_agreement(
 
 
 def assignment_agreement(
-    assignments: Sequence[Array | Sequence[int]],
-    labels: Array | Sequence[int],
-    *,
-    min_samples: int = MIN_SAMPLES,
+    assignments: Sequence[Array | Sequence[int]], labels: Array | Sequence[int], *, min_samples: int = MIN_SAMPLES
 ) -> Agreement:
     """How far trainings split each class alike, from the proxy that each training assigns a sample to.
 
@@ -193,8 +182,7 @@ def assignment_agreement(
 
 def _beyond_chance(first: NDArray[np.int64], second: NDArray[np.int64]) -> tuple[float, float]:
     """Mutual information minus its expectation by chance: in nats, and divided by its maximum."""
-    # Imported here because they load slower than this package.
-    from scipy.stats import entropy
+    # Imported here because they load slowly.
     from sklearn.metrics import mutual_info_score
     from sklearn.metrics.cluster import contingency_matrix, expected_mutual_information
 

@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.optimize import linear_sum_assignment
+from scipy.stats import binomtest, norm
 from torch import Tensor
 
 from . import _check as check
@@ -277,16 +279,12 @@ def worst_groups(groups: Groups, correct: Array) -> WorstGroups:
 
 
 def _wilson_interval(correct: NDArray[np.float64], level: float) -> tuple[float, float]:
-    from scipy.stats import binomtest
-
     low, high = binomtest(round(correct.sum()), len(correct)).proportion_ci(level, method="wilson")
     return float(low), float(high)
 
 
 def _mean_interval(losses: NDArray[np.float64], level: float) -> tuple[float, float]:
     """Unbounded for a single loss."""
-    from scipy.stats import norm
-
     error = losses.std(ddof=1) / len(losses) ** 0.5 if len(losses) > 1 else np.inf
     low, high = norm.interval(level, losses.mean(), max(error, np.finfo(float).tiny))
     return float(low), float(high)
@@ -426,7 +424,6 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
 
 def _scores(fine: NDArray[np.int64], proxies: NDArray[np.int64]) -> Scores:
-    from scipy.optimize import linear_sum_assignment
     from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
     from sklearn.metrics.cluster import contingency_matrix
 

@@ -90,8 +90,10 @@ class MultiProxyEntropyLoss(ProxyLoss):
         proxies_per_class: :math:`K`, at least 1.
         scale: :math:`\sigma` > 0, the factor on the class similarities, in units of 1 / similarity.
         margin: :math:`m`, by which the target class has to win, in units of the similarity.
-        pooling: how the similarity to a class is computed from those to its proxies: ``"max"``, ``"softmax"`` or
-            ``"logsumexp"``, see :data:`~pml_multiproxy.functional.POOLINGS`.
+        pooling: how the similarity to a class is computed from those to its proxies: ``"max"``
+            (:func:`~pml_multiproxy.functional.pool_max`), ``"softmax"``
+            (:func:`~pml_multiproxy.functional.pool_softmax`) or ``"logsumexp"``
+            (:func:`~pml_multiproxy.functional.pool_logsumexp`).
         temperature: :math:`\tau` > 0 of the assignment and of ``pooling="softmax"``, in units of the similarity.
         intra_weight: :math:`\lambda_\mathrm{intra}` >= 0.
         inter_weight: :math:`\lambda_\mathrm{inter}` >= 0.
@@ -235,7 +237,7 @@ class MultiProxyEntropyLoss(ProxyLoss):
         self.reset_stats()
         check.references(embeddings, labels, ref_emb, ref_labels, self.views)
         batch = self._checked(embeddings, labels, indices_tuple)
-        batch = sharding.gather(batch, self._shard, self.views, self.proxies, self.distance, self._is_training())
+        batch, _ = sharding.gather(batch, self._shard, self.views, self.proxies, self.distance, self._is_training())
         loss_dict = self.compute_loss(*batch, batch.embeddings, batch.labels)
         return self.reduced(loss_dict, batch.embeddings, batch.labels)
 
@@ -284,14 +286,12 @@ class MultiProxyEntropyLoss(ProxyLoss):
         """
         check.embeddings(embeddings, self.proxies)
         settings, proxies = check.settings(self), self._local(self.proxies)
-        dtype = functional.compute_dtype(embeddings, proxies)
-        if len(proxies) == 0:
+        dtype, count = functional.compute_dtype(embeddings, proxies), len(proxies)
+        if count == 0:
             return embeddings.new_empty(len(embeddings), 0, dtype=dtype)
         record_norms(self.distance, embeddings, proxies.flatten(0, 1))
-        count = len(proxies)
         if not torch.compiler.is_compiling():  # compiled code serves batches of any length, for which plans differ
-            plan = make_plan(settings.classes_per_chunk, len(embeddings), proxies, dtype)
-            count = len(proxies) if plan.keep else plan.classes_per_chunk
+            count = make_plan(settings.classes_per_chunk, len(embeddings), proxies, dtype).classes_per_chunk
         pooling, pooled = POOLINGS[settings.pooling].equation, []
         for chunk in torch.split(proxies, count):
             to_proxies = similarities(self.distance, embeddings, chunk.flatten(0, 1))
@@ -319,16 +319,14 @@ class MultiProxyEntropyLoss(ProxyLoss):
         (tensor([2, 2, 2]), tensor([0, 1, 2]))
         """
         check.embeddings(embeddings, self.proxies)
-        if labels is not None:
-            labels = self._own_classes(embeddings, labels)
+        none = torch.zeros(len(embeddings), dtype=torch.long, device=embeddings.device)
+        batch = sharding.Batch(embeddings, none if labels is None else self._own_classes(embeddings, labels), None)
         proxies = self._local(self.proxies)
-        rows, row_labels, sizes = sharding.gather_rows(
-            embeddings, labels, self._shard, proxies, self.distance, self._is_training()
-        )
-        if row_labels is None:
-            found = nearest.nearest_of_all(self.distance, rows, proxies, self._shard)
+        batch, sizes = sharding.gather(batch, self._shard, 1, proxies, self.distance, self._is_training())
+        if labels is None:
+            found = nearest.nearest_of_all(self.distance, batch.embeddings, proxies, self._shard)
         else:
-            found = nearest.nearest_of_target(self.distance, rows, row_labels, proxies, self._shard)
+            found = nearest.nearest_of_target(self.distance, batch.embeddings, batch.labels, proxies, self._shard)
         found = sharding.own_rows(found, sizes, self._shard)
         return found // self.proxies_per_class, found % self.proxies_per_class
 

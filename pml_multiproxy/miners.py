@@ -71,11 +71,7 @@ class MultiProxyMiner(BaseMiner):  # type: ignore[misc]
         self.add_to_recordable_attributes(name="negative_margin", is_stat=False)
 
     def forward(
-        self,
-        embeddings: Tensor,
-        labels: Tensor,
-        ref_emb: Tensor | None = None,
-        ref_labels: Tensor | None = None,
+        self, embeddings: Tensor, labels: Tensor, ref_emb: Tensor | None = None, ref_labels: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The pairs, as described in the class docstring."""
         proxies, num_classes = self.loss_func.proxies, self.loss_func.num_classes

@@ -85,39 +85,31 @@ class ProxyEntropyRegularizer(BaseRegularizer):  # type: ignore[misc]
         super().__init__(**kwargs)
         self.proxies_per_class = check.positive_int("proxies_per_class", proxies_per_class)
         self.temperature = check.positive("temperature", temperature)
-        _check_distance(self.distance)
+        if isinstance(self.distance, DotProductSimilarity) and not self.distance.normalize_embeddings:
+            raise ValueError(
+                "distance must not be a DotProductSimilarity with normalize_embeddings=False, whose penalty longer "
+                "proxies satisfy"
+            )
         self.add_to_recordable_attributes(list_of_names=["proxies_per_class", "temperature"], is_stat=False)
 
     def compute_loss(self, weights: Tensor) -> dict[str, dict[str, Any]]:
         """PML's hook: one penalty per proxy."""
         _check_weights(weights, self.proxies_per_class)
-        return {"loss": element_losses(_min_entropy(self._similarities(weights), self.temperature).flatten())}
-
-    def get_default_distance(self) -> CosineSimilarity:
-        return CosineSimilarity()
-
-    def _similarities(self, weights: Tensor) -> Tensor:
-        """``(C, K, K)``: at ``[c, k, j]`` that of proxy ``k`` of class ``c`` to proxy ``j`` of the same class."""
         blocks = torch.unflatten(weights, 0, (-1, self.proxies_per_class))
         # The products are few, and in bfloat16 close proxies could not be told apart.
         with without_autocast(weights.device.type):
-            values = within_classes(self.distance, blocks)
+            similarities = within_classes(self.distance, blocks)
         record_norms(self.distance, weights, weights)
-        return values
+        return {"loss": element_losses(_min_entropy(similarities, self.temperature).flatten())}
+
+    def get_default_distance(self) -> CosineSimilarity:
+        return CosineSimilarity()
 
 
 def _min_entropy(similarities: Tensor, temperature: float) -> Tensor:
     """``(C, K)`` of ``(C, K, K)``: the negated logarithm of the diagonal of the softmax."""
     own = similarities.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)
     return torch.logsumexp((similarities - own) / temperature, dim=-1)
-
-
-def _check_distance(distance: Any) -> None:
-    if isinstance(distance, DotProductSimilarity) and not distance.normalize_embeddings:
-        raise ValueError(
-            "distance must not be a DotProductSimilarity with normalize_embeddings=False, whose penalty "
-            "longer proxies satisfy"
-        )
 
 
 def _check_weights(weights: object, per_class: int) -> None:

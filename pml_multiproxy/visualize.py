@@ -288,11 +288,7 @@ def plot_groups(
 
 
 def plot_worst_groups(
-    rows: Sequence[WorstGroup],
-    *,
-    count: int = 20,
-    ax: Axes | None = None,
-    class_names: Names | None = None,
+    rows: Sequence[WorstGroup], *, count: int = 20, ax: Axes | None = None, class_names: Names | None = None
 ) -> Axes:
     """The accuracy of each group, or its mean loss, with its interval: the worst on top.
 

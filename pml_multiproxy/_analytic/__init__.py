@@ -17,13 +17,13 @@ from torch import Tensor
 
 from .._check import Settings
 from .._similarity import without_autocast
-from . import neighbors, within_class
 from .chunks import Chunk, Plan, chunks_of
 from .online_softmax import ClassTerms, Sums, add_classes, logit_gradient, sums_of_none
 from .poolings import POOLINGS, Analytic, Derivative
 from .products import Products
+from .terms import Assignment, Balance, Neighbors, contrast_gradient, within_class_gradient
 
-T = TypeVar("T", within_class.Assignment, within_class.Balance, ClassTerms, neighbors.Neighbors)
+T = TypeVar("T", Assignment, Balance, ClassTerms, Neighbors)
 
 
 class Computed(NamedTuple):
@@ -79,10 +79,10 @@ class Saved(NamedTuple):
     """Results of forward that backward needs."""
 
     positions: Tensor
-    assignment: within_class.Assignment
-    balance: within_class.Balance
+    assignment: Assignment
+    balance: Balance
     classes: ClassTerms
-    neighbors: neighbors.Neighbors | None
+    neighbors: Neighbors | None
     """``None``: their weight is 0."""
 
 
@@ -116,16 +116,16 @@ class _Gradient(torch.autograd.Function):
         _refuse_other_kinds_of_gradient(grad_losses)
         embeddings, proxies, positions, *saved = ctx.saved_tensors
         rest = iter(saved)
-        assignment, balance = _next(within_class.Assignment, rest), _next(within_class.Balance, rest)
+        assignment, balance = _next(Assignment, rest), _next(Balance, rest)
         classes, settings = _next(ClassTerms, rest), ctx.context.settings
-        of_neighbors = _next(neighbors.Neighbors, rest) if settings.neighbor_weight else None
+        of_neighbors = _next(Neighbors, rest) if settings.neighbor_weight else None
         products = ctx.context.products.restored(embeddings, tuple(rest))
         context = ctx.context._replace(products=products)
         # Used up here; another backward pass computes them again.
         kept, ctx.kept = ctx.kept, []
         with without_autocast(embeddings.device.type):
             logits = logit_gradient(classes, grad_losses, settings.scale, -settings.inter_weight)
-            grad_at_target = within_class.gradient(assignment, balance, grad_losses, settings)
+            grad_at_target = within_class_gradient(assignment, balance, grad_losses, settings)
             grad_queries, grad_proxies = None, proxies.new_empty(proxies.shape)
             for chunk, pooled, derivative in kept or _computed_again(context, proxies, positions):
                 grad_pooled = logits.of_pooled_(pooled, chunk.target, settings.scale)
@@ -137,7 +137,7 @@ class _Gradient(torch.autograd.Function):
             if grad_queries is None:  # this process holds no class
                 grad_queries = proxies.new_zeros(len(positions), proxies.shape[2])
             if of_neighbors is not None:
-                gradient = neighbors.gradient(of_neighbors, grad_losses, settings, context.ranks)
+                gradient = contrast_gradient(of_neighbors, grad_losses, settings, context.ranks)
                 grad_queries = products.add_gradients_among_samples(gradient, grad_queries)
             grad_embeddings = products.grad_embeddings(grad_queries)
         return None, None, None, grad_embeddings, grad_proxies

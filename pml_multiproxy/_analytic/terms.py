@@ -1,4 +1,6 @@
-"""The terms over the proxies of the target class, from their similarities ``(K, B)``, and the gradient."""
+"""The terms that need no walk over the classes: over the proxies of the target class, from the similarities ``(K, B)``,
+and between the samples of the batch; with the gradient of each.
+"""
 
 from typing import NamedTuple
 
@@ -38,7 +40,7 @@ def balance(q: Tensor, usage: Tensor) -> Balance:
     return Balance(log_usage, (q * log_usage).sum(dim=0))
 
 
-def gradient(assignment: Assignment, balance: Balance, grad_losses: Tensor, settings: Settings) -> Tensor:
+def within_class_gradient(assignment: Assignment, balance: Balance, grad_losses: Tensor, settings: Settings) -> Tensor:
     """The gradient of the similarities, ``(K, B)``."""
     # The mean of a potential under q has the gradient q * (potential - mean). This holds for the entropy, too.
     by_intra = settings.intra_weight / settings.temperature
@@ -60,3 +62,27 @@ def _mean_of_other_views(values: Tensor, views: int) -> Tensor:
         return values
     by_view = torch.unflatten(values, 1, (views, -1))
     return (by_view.sum(dim=1, keepdim=True) - by_view).div(views - 1).flatten(1)
+
+
+class Neighbors(NamedTuple):
+    losses: Tensor
+    """``(B,)``."""
+    slopes: Tensor
+    """The derivative of each loss by its logits, the similarities to all samples over the temperature, ``(B, B)``; of
+    no meaning for a sample without neighbours.
+    """
+
+
+def contrast(similarities: Tensor, targets: Tensor, left_out: Tensor | None, settings: Settings) -> Neighbors:
+    """:func:`functional.neighbor_loss`, from its targets."""
+    log_softmax = functional.neighbor_log_softmax(similarities, settings.neighbor_temperature, left_out)
+    losses = (targets * log_softmax).sum(dim=1).neg_()
+    return Neighbors(losses, log_softmax.exp_().sub_(targets))
+
+
+def contrast_gradient(neighbors: Neighbors, grad_losses: Tensor, settings: Settings, ranks: int) -> Tensor:
+    """The gradient of the similarities, ``(B, B)``, over the number of ranks: all ranks compute it and add it up."""
+    weight = (settings.neighbor_weight or 0.0) / (settings.neighbor_temperature * ranks)
+    # A loss of 0 has no gradient: the sample has no neighbours, or reaches its targets.
+    weights = (weight * grad_losses).mul_(neighbors.losses.sign())
+    return neighbors.slopes * weights.unsqueeze(1)

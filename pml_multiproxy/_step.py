@@ -69,7 +69,9 @@ def _implementation(step: Step) -> str:
     if step.shard.group is not None:  # the plain equations have no partial sums
         return "analytic"
     # torch.compile optimises the plain equations better, and the analytic gradient has no rules for transforms.
-    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None or _is_transformed():
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+        return "autograd"
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return "autograd"
     dtype = functional.compute_dtype(step.embeddings, step.proxies)
     if similarity.is_plain_cosine(step.distance) and step.proxies.dtype == dtype:
@@ -77,11 +79,6 @@ def _implementation(step: Step) -> str:
     # For other distances, autograd is faster while all similarities fit at once.
     plan = make_plan(step.settings.classes_per_chunk, len(step.labels), step.proxies, dtype)
     return "autograd" if plan.keep else "analytic"
-
-
-def _is_transformed() -> bool:
-    """Whether within a transform of ``torch.func`` or forward-mode differentiation."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def _by_analytic_gradient(step: Step) -> Result:

@@ -181,24 +181,6 @@ def _relative_to_largest(similarities: Tensor) -> tuple[Tensor, Tensor]:
     return largest, similarities - largest.unsqueeze(-1)
 
 
-def class_distribution(class_similarities: Tensor, scale: float) -> Tensor:
-    r"""How likely each class is for a sample, without the margin.
-
-    .. math:: p_i = \operatorname{softmax}_c\!\big(\sigma\, z_i(c)\big)
-
-    Args:
-        class_similarities: ``(B, C)``.
-        scale: :math:`\sigma`, in units of 1 / similarity.
-
-    Returns:
-        ``(B, C)``, rows sum to 1.
-
-    >>> class_distribution(torch.tensor([[0.3, 0.3]]), scale=10.0)
-    tensor([[0.5000, 0.5000]])
-    """
-    return F.softmax(scale * class_similarities, dim=-1)
-
-
 def classification_loss(class_similarities: Tensor, labels: Tensor, scale: float, margin: float) -> Tensor:
     r"""Cross-entropy of the target class, which has to win by a margin.
 
@@ -260,7 +242,8 @@ def perplexity(distributions: Tensor) -> Tensor:
 def inter_class_entropy(class_similarities: Tensor, scale: float) -> Tensor:
     r"""Entropy of the class distribution. Maximised, it keeps that distribution smooth.
 
-    .. math:: H_\mathrm{inter}(i) = -\sum_c p_i(c) \log p_i(c)
+    .. math:: H_\mathrm{inter}(i) = -\sum_c p_i(c) \log p_i(c), \qquad
+        p_i = \operatorname{softmax}_c\!\big(\sigma\, z_i(c)\big)
 
     Args:
         class_similarities: ``(B, C)``.

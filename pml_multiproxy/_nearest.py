@@ -46,7 +46,7 @@ def to_target(distance: Any, embeddings: Tensor, labels: Tensor, proxies: Tensor
     """
     count, per_class, _ = proxies.shape
     result = embeddings.new_empty(len(labels), per_class, dtype=functional.compute_dtype(embeddings, proxies))
-    # Samples are compared with the proxies of all classes among them, which are no more than samples or classes.
+    # A chunk compares all of its samples with all proxies of its classes, and has no more classes than samples.
     step = max(MOST_SIMILARITIES // max(count * per_class, 1), math.isqrt(MOST_SIMILARITIES // per_class), 1)
     for samples in torch.split(labels.argsort(), step):
         classes, places = torch.unique(labels[samples], return_inverse=True)

@@ -48,7 +48,9 @@ def to_target(distance: Any, embeddings: Tensor, labels: Tensor, proxies: Tensor
     result = embeddings.new_empty(len(labels), per_class, dtype=functional.compute_dtype(embeddings, proxies))
     # A chunk compares all of its samples with all proxies of its classes, and has no more classes than samples.
     step = max(MOST_SIMILARITIES // max(count * per_class, 1), math.isqrt(MOST_SIMILARITIES // per_class), 1)
-    for samples in torch.split(labels.argsort(), step):
+    order = labels.argsort()
+    for start in range(0, len(order), step):
+        samples = order[start : start + step]
         classes, places = torch.unique(labels[samples], return_inverse=True)
         block = similarities(distance, embeddings[samples], proxies[classes].flatten(0, 1))
         block = torch.unflatten(block, 1, (len(classes), per_class))

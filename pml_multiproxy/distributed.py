@@ -9,9 +9,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
 from . import _check as check
-from ._check import Settings
 from ._shard import check_equal, shard_of_rank
-from .losses import MultiProxyEntropyLoss
+from .losses import RESULT_SETTINGS, MultiProxyEntropyLoss
 
 __all__ = ["ShardedMultiProxyEntropyLoss"]
 
@@ -125,8 +124,7 @@ class ShardedMultiProxyEntropyLoss(MultiProxyEntropyLoss):
 
     def _facts(self) -> dict[str, Any]:
         """The settings that have to be the same on all ranks."""
-        names = [name for name in Settings._fields if name != "classes_per_chunk"]
-        facts = {name: getattr(self, name) for name in [*names, "embedding_reg_weight", "collect_stats"]}
+        facts = {name: getattr(self, name) for name in [*RESULT_SETTINGS, "embedding_reg_weight", "collect_stats"]}
         for name in ("distance", "reducer", "embedding_regularizer"):
             facts[name] = _description(getattr(self, name))
         return {**facts, "default dtype": torch.get_default_dtype()}

@@ -1,5 +1,7 @@
 """The loss, as PyTorch Metric Learning knows losses."""
 
+import os
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +14,6 @@ from torch import Tensor
 from . import _check as check
 from . import _kmeans as kmeans
 from . import _nearest as nearest
-from . import _saving as saving
 from . import _shard as sharding
 from . import functional
 from ._analytic.chunks import make_plan
@@ -196,7 +197,7 @@ class MultiProxyEntropyLoss(ProxyLoss):
         for name in Settings._fields:
             setattr(self, name, check.CHECKS[name](name, given[name]))
         self.usage_group = usage_group
-        self.add_to_recordable_attributes(list_of_names=RECORDED, is_stat=False)
+        self.add_to_recordable_attributes(list_of_names=RESULT_SETTINGS, is_stat=False)
         self.add_to_recordable_attributes(list_of_names=list(Statistics._fields), is_stat=True)
         self._untrained, self._has_seen_views = UntrainedProxies(), False
         self._make_proxies()
@@ -465,12 +466,12 @@ class MultiProxyEntropyLoss(ProxyLoss):
         self._written_to()  # refuses proxies that a file cannot hold
         contents = {
             "settings": self.settings() | {name: _plain(getattr(self, name)) for name in SAVED_ARGUMENTS},
-            "modules": saving.names_of_modules(self),
+            "modules": _names_of_modules(self),
             "training": self.training,
             "requires_grad": self.proxies.requires_grad,
             "state": self.state_dict(),
         }
-        saving.write(path, contents)
+        _write(path, contents)
 
     @classmethod
     def load(cls, path: str | Path, map_location: Any = None, **kwargs: Any) -> "MultiProxyEntropyLoss":
@@ -486,10 +487,10 @@ class MultiProxyEntropyLoss(ProxyLoss):
             ValueError: for a damaged or foreign file, and for a ``distance``, ``reducer`` or regularizer of another
                 class than the one that was saved.
         """
-        contents = saving.read(path, map_location)
+        contents = _read(path, map_location)
         settings, state = contents["settings"], contents["state"]
         loss_func = cls(**settings, **kwargs)
-        given = saving.names_of_modules(loss_func)
+        given = _names_of_modules(loss_func)
         for name, saved in contents["modules"].items():
             if given[name] != saved:
                 raise ValueError(f"{name} must be of the class that was saved, {saved}, got {given[name]}")
@@ -570,7 +571,12 @@ class MultiProxyEntropyLoss(ProxyLoss):
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any
     ) -> None:
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
-        saving.warn_of_other_settings(local_metadata.get("settings", {}), self.settings())
+        recorded, changes = local_metadata.get("settings", {}), []
+        for name, value in self.settings().items():
+            if name in RESULT_SETTINGS and recorded.get(name, value) != value:
+                changes.append(f"{name} was {recorded[name]!r} and is {value!r}")
+        if changes:
+            warnings.warn(f"the state was saved by a loss of other settings: {', '.join(changes)}", stacklevel=2)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "MultiProxyEntropyLoss":
         """Keeps the usage in float32 through ``half()`` and the like: rounding would swallow its momentum."""
@@ -589,10 +595,48 @@ def check_loss(value: object) -> "MultiProxyEntropyLoss":
     return value
 
 
-RECORDED = [name for name in Settings._fields if name != "classes_per_chunk"]
-"""Settings that PML's hooks record once."""
+RESULT_SETTINGS = [name for name in Settings._fields if name != "classes_per_chunk"]
+"""Settings that change the result: PML's hooks record them once."""
+
+FORMAT = 2
+"""Number of the format of the file that ``save`` writes."""
 
 SAVED_ARGUMENTS = ("weight_reg_weight", "embedding_reg_weight", "collect_stats")
+
+MODULES = ("distance", "embedding_regularizer", "weight_regularizer", "reducer")
+"""Parts of a loss that the file cannot hold; it holds the names of their classes."""
+
+
+def _write(path: str | Path, contents: dict[str, Any]) -> None:
+    """Replaces the file when the new one is whole: a killed process or a full disk leaves the old file."""
+    target = Path(path).resolve()
+    aside = target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        with open(aside, "wb") as file:
+            torch.save({"format": FORMAT, **contents}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, target)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def _read(path: str | Path, map_location: Any) -> dict[str, Any]:
+    """The contents of a file of :func:`_write`. Runs no code of the file."""
+    with open(path, "rb") as file:
+        try:
+            contents = torch.load(file, map_location=map_location, weights_only=True)
+            if contents["format"] == FORMAT and contents["state"]:
+                return dict(contents)
+        except Exception as error:  # torch has many for damaged files
+            raise ValueError(f"path must name a whole file of MultiProxyEntropyLoss.save, got {path}") from error
+    raise ValueError(f"path must name a file of format {FORMAT}, got {path} of format {contents['format']}")
+
+
+def _names_of_modules(loss_func: torch.nn.Module) -> dict[str, str]:
+    """The classes of the parts; PML may have wrapped a reducer in others."""
+    parts = {name: getattr(loss_func, name) or torch.nn.Identity() for name in MODULES}
+    return {name: " ".join(type(module).__name__ for module in part.modules()) for name, part in parts.items()}
 
 
 def _plain(value: Any) -> Any:

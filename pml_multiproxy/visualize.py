@@ -31,14 +31,7 @@ from . import functional
 from .inspection import Array, Groups, WorstGroup, _as_tensor, _checked_samples, nearest_samples
 from .losses import MultiProxyEntropyLoss, check_loss
 
-__all__ = [
-    "plot_class",
-    "plot_embeddings",
-    "plot_groups",
-    "plot_nearest",
-    "plot_usage",
-    "plot_worst_groups",
-]
+__all__ = ["plot_class", "plot_embeddings", "plot_groups", "plot_nearest", "plot_usage", "plot_worst_groups"]
 
 Numpy = NDArray[Any]
 Styles = dict[int, dict[str, Any]]

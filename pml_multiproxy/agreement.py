@@ -37,12 +37,11 @@ Comparison*, JMLR 11, 2010; computed by scikit-learn.
 
 from collections.abc import Sequence
 from itertools import combinations
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import entropy
-from torch import Tensor
 from tqdm import tqdm
 
 from . import _check as check
@@ -80,14 +79,8 @@ class Agreement(NamedTuple):
     """Classes with fewer than ``min_samples`` samples."""
 
 
-class _Assigns(Protocol):
-    """A loss that can assign embeddings to the proxies of their classes."""
-
-    def assign(self, embeddings: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]: ...
-
-
 def proxy_agreement(
-    loss_funcs: Sequence[_Assigns], embeddings: Sequence[Array], labels: Array, *, min_samples: int = MIN_SAMPLES
+    loss_funcs: Sequence[Any], embeddings: Sequence[Array], labels: Array, *, min_samples: int = MIN_SAMPLES
 ) -> Agreement:
     """How far trained losses split each class alike: :func:`assignment_agreement` of their assignments.
 

@@ -1,7 +1,7 @@
 """Batches of several views of each sample, for ``views=`` of the losses."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from torch.utils.data import Dataset, IterableDataset, default_collate
@@ -9,14 +9,6 @@ from torch.utils.data import Dataset, IterableDataset, default_collate
 from . import _check as check
 
 __all__ = ["ViewsDataset", "stack_views"]
-
-
-class _MapStyle(Protocol):
-    """A dataset that a sampler can draw from: with a length, and an item for each index."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int, /) -> Any: ...
 
 
 class _Views(tuple[Any, ...]):
@@ -75,7 +67,7 @@ class ViewsDataset(Dataset[Any]):
     """
 
     def __init__(
-        self, dataset: _MapStyle, views: int = 2, data_and_label_getter: Callable[[Any], tuple[Any, Any]] | None = None
+        self, dataset: Any, views: int = 2, data_and_label_getter: Callable[[Any], tuple[Any, Any]] | None = None
     ) -> None:
         stream = isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__")
         if stream or not hasattr(dataset, "__len__"):

@@ -1,6 +1,8 @@
 """Checks of arguments: each names the argument, what came and what is allowed."""
 
+import difflib
 import math
+from collections.abc import Iterable
 from functools import lru_cache
 from numbers import Integral, Real
 from typing import Annotated, NamedTuple, get_type_hints
@@ -97,6 +99,16 @@ def settings(owner: object) -> Settings:
 @lru_cache(typed=True)
 def _checked(*values: object) -> Settings:
     return Settings(*(CHECKS[name](name, value) for name, value in zip(Settings._fields, values, strict=True)))
+
+
+def keywords(given: Iterable[str], allowed: Iterable[str], owner: str) -> None:
+    """Names the nearest argument to a mistyped one."""
+    names = list(allowed)
+    for name in given:
+        if name not in names:
+            near = difflib.get_close_matches(name, names, n=1)
+            hint = f": did you mean {near[0]!r}?" if near else ""
+            raise TypeError(f"{owner} got an unexpected argument {name!r}{hint}")
 
 
 def process_group(name: str, value: object, also: str | None = None) -> None:

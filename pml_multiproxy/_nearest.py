@@ -51,7 +51,7 @@ def to_target(distance: Any, embeddings: Tensor, labels: Tensor, proxies: Tensor
     order = labels.argsort()
     for start in range(0, len(order), step):
         samples = order[start : start + step]
-        classes, places = torch.unique(labels[samples], return_inverse=True)
+        classes, places = torch.unique_consecutive(labels[samples], return_inverse=True)
         block = similarities(distance, embeddings[samples], proxies[classes].flatten(0, 1))
         block = torch.unflatten(block, 1, (len(classes), per_class))
         result[samples] = block[torch.arange(len(samples), device=labels.device), places]

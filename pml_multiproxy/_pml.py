@@ -1,5 +1,6 @@
 """All contact with the inner parts of PyTorch Metric Learning: only this file imports them."""
 
+import inspect
 from typing import Any
 
 import torch
@@ -37,6 +38,12 @@ class ProxyLoss(WeightRegularizerMixin, BaseMetricLossFunction):  # type: ignore
                 self.add_embedding_regularization_to_loss_dict(loss_dict, embeddings)
         loss: Tensor = self.reducer(loss_dict, embeddings, labels)
         return loss
+
+
+ARGUMENTS = [
+    name for base in ProxyLoss.__mro__ for name in inspect.signature(base.__init__).parameters if name != "self"
+]
+"""The keyword arguments of PML's losses with weights."""
 
 
 def element_losses(losses: Tensor) -> dict[str, Any]:

@@ -144,15 +144,15 @@ def of_largest(values: Tensor, positions: Tensor, shard: Shard) -> Tensor:
 
 
 def own_rows(rows: Tensor, sizes: list[int], shard: Shard) -> Tensor:
-    """The rows of this rank among those of all ranks, with a single view."""
+    """This rank's part of ``rows``, which hold the rows of all ranks, rank by rank."""
     return rows if shard.group is None else torch.split(rows, sizes)[distributed.get_rank(shard.group)]
 
 
-def processes(usage_group: Any) -> "ProcessGroup | None":
+def processes(usage_group: "ProcessGroup | str | None") -> "ProcessGroup | None":
     """The processes of a ``usage_group``; ``None``: this one alone."""
-    if usage_group == "world":
-        usage_group = distributed.group.WORLD if distributed.is_available() else None
-    return usage_group  # type: ignore[no-any-return]
+    if isinstance(usage_group, str):  # "world"
+        return distributed.group.WORLD if distributed.is_available() else None
+    return usage_group
 
 
 def check_replicas(usage_group: "ProcessGroup | str | None") -> None:

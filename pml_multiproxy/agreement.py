@@ -112,8 +112,11 @@ def proxy_agreement(
     classes = check.integers("labels", _as_tensor(labels), len(labels))
     assignments = []
     for run, loss_func in enumerate(loss_funcs):
-        if not hasattr(loss_func, "assign"):
-            raise TypeError(f"loss_funcs[{run}] must have a method assign, got a {type(loss_func).__name__}")
+        if not callable(getattr(loss_func, "assign", None)):
+            raise TypeError(
+                f"loss_funcs[{run}] must have a method assign(embeddings, labels), got {type(loss_func).__name__}: "
+                "pass assignments to assignment_agreement instead"
+            )
         points = _as_tensor(embeddings[run])
         check.finite(f"embeddings[{run}]", points)
         assignments.append(loss_func.assign(points, classes.to(points.device))[1])

@@ -20,7 +20,7 @@ from ._analytic.chunks import make_plan
 from ._analytic.poolings import POOLINGS
 from ._check import Settings
 from ._monitor import Statistics, UntrainedProxies, statistics
-from ._pml import ProxyLoss
+from ._pml import ARGUMENTS, ProxyLoss
 from ._shard import Shard
 from ._similarity import is_plain_cosine, record_norms, similarities
 from ._step import Step, sample_losses
@@ -192,6 +192,7 @@ class MultiProxyEntropyLoss(ProxyLoss):
         **kwargs: Any,
     ) -> None:
         given = locals()
+        check.keywords(kwargs, [*Settings._fields, "usage_group", *ARGUMENTS], type(self).__name__)
         check.process_group("usage_group", usage_group, also="world")
         super().__init__(**kwargs)
         for name in Settings._fields:
@@ -319,10 +320,13 @@ class MultiProxyEntropyLoss(ProxyLoss):
         >>> classes, proxies
         (tensor([2, 2, 2]), tensor([0, 1, 2]))
         """
-        check.embeddings(embeddings, self.proxies)
-        none = torch.zeros(len(embeddings), dtype=torch.long, device=embeddings.device)
-        batch = sharding.Batch(embeddings, none if labels is None else self._own_classes(embeddings, labels), None)
         proxies = self._local(self.proxies)
+        if labels is None:
+            check.embeddings(embeddings, proxies)
+            classes = torch.zeros(len(embeddings), dtype=torch.long, device=embeddings.device)
+        else:
+            classes = self._own_classes(embeddings, labels)
+        batch = sharding.Batch(embeddings, classes, None)
         batch, sizes = sharding.gather(batch, self._shard, 1, proxies, self.distance, self._is_training())
         if labels is None:
             found = nearest.nearest_of_all(self.distance, batch.embeddings, proxies, self._shard)
@@ -561,6 +565,11 @@ class MultiProxyEntropyLoss(ProxyLoss):
             )
         return self._local(proxies), self._local(self.proxy_usage)
 
+    def __getattr__(self, name: str) -> Any:
+        if name in Statistics._fields:
+            raise AttributeError(f"{name} is recorded by calls of a loss that was made with collect_stats=True")
+        return super().__getattr__(name)
+
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         metadata = getattr(destination, "_metadata", {}).get(prefix[:-1])
@@ -576,7 +585,7 @@ class MultiProxyEntropyLoss(ProxyLoss):
             if name in RESULT_SETTINGS and recorded.get(name, value) != value:
                 changes.append(f"{name} was {recorded[name]!r} and is {value!r}")
         if changes:
-            warnings.warn(f"the state was saved by a loss of other settings: {', '.join(changes)}", stacklevel=2)
+            warnings.warn(f"the state was saved by a loss of other settings: {', '.join(changes)}", stacklevel=1)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "MultiProxyEntropyLoss":
         """Keeps the usage in float32 through ``half()`` and the like: rounding would swallow its momentum."""

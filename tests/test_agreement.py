@@ -117,8 +117,8 @@ WRONG = [
     (([run, run / 2], y), TypeError, "assignments[1] must be of an integer dtype, got torch.float32"),
     (([run, run[:30]], y), ValueError, "assignments[1] must be of shape (40,), one for each embedding, got (30,)"),
     ((losses, x[:1], y), ValueError, "embeddings must be one tensor for each of 2 losses, got 1"),
+    (([nn.L1Loss()] * 2, x, y), TypeError, "loss_funcs[0] must have a method assign(embeddings, labels), got L1Loss"),
     ((losses, x / 0, y), ValueError, "embeddings[0] must be finite, got NaN or infinite values"),
-    (([print] * 2, x, y), TypeError, "loss_funcs[0] must have a method assign, got a builtin_function_or_method"),
     ((losses, x, y + 1), ValueError, "labels must lie in [0, 1]"),
 ]
 

@@ -99,14 +99,25 @@ def test_numpy_numbers_are_numbers():
     assert (loss_func.num_classes, loss_func.embedding_size, loss_func.scale) == (3, 8, 2.0)
 
 
-def test_unknown_arguments():
-    with pytest.raises(TypeError, match="unexpected keyword argument 'proxy_per_class'"):
+def test_mistyped_arguments_get_a_hint():
+    message = r"MultiProxyEntropyLoss got an unexpected argument 'proxy_per_class': did you mean 'proxies_per_class'\?"
+    with pytest.raises(TypeError, match=message):
         MultiProxyEntropyLoss(3, 8, proxy_per_class=3)
+    with pytest.raises(TypeError, match="unexpected argument 'weight_regularise': did you mean 'weight_regularizer'"):
+        MultiProxyEntropyLoss(3, 8, weight_regularise=None)
+    with pytest.raises(TypeError, match=r"unexpected argument 'xyz'$"):
+        MultiProxyEntropyLoss(3, 8, xyz=1)
 
 
-def test_copies_of_a_used_loss_give_the_same(loss_func, batch):
+def test_statistics_that_are_not_collected(loss_func, batch):
     loss_func(*batch)
-    for same in (copy.deepcopy(loss_func), copy.copy(loss_func), pickle.loads(pickle.dumps(loss_func))):
+    with pytest.raises(AttributeError, match="balance is recorded by calls of a loss that was made with collect_stats"):
+        _ = loss_func.balance
+    with pytest.raises(AttributeError, match="'MultiProxyEntropyLoss' object has no attribute 'nothing'"):
+        _ = loss_func.nothing
+    for same in (loss_func, copy.deepcopy(loss_func), copy.copy(loss_func), pickle.loads(pickle.dumps(loss_func))):
+        assert not hasattr(same, "classification_loss")
+        assert getattr(same, "balance", None) is None
         assert same.eval()(*batch).equal(loss_func.eval()(*batch))
 
 
